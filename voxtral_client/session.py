@@ -1,0 +1,235 @@
+"""The realtime protocol of vLLM's `/v1/realtime`, and nothing else: one WebSocket, one session.
+
+    -> session.update {model}            <- session.created
+    -> input_audio_buffer.commit         starts the transcription
+    -> input_audio_buffer.append {audio} <- transcription.delta, one for each 80 ms frame
+    -> input_audio_buffer.commit {final} <- transcription.done {text, usage}
+
+Behaviour of vLLM 0.32.0, read in its `entrypoints/speech_to_text/realtime/` and run. Everything
+that can go wrong becomes one of two exceptions: `Refused` (trying again is useless) and
+`Lost` (a new session may go on where this one stopped).
+"""
+
+import asyncio
+import base64
+import json
+import ssl
+import urllib.error
+import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from urllib.parse import urlsplit, urlunsplit
+
+import websockets
+
+FRAME = 1280  # samples of audio behind one delta: 80 ms at 16 kHz
+DEFAULT_URL = "ws://localhost:8000/v1/realtime"
+
+
+class Refused(Exception):
+    """The server will not do this, however often it is asked; the message is one line."""
+
+
+class Lost(Exception):
+    """The session is gone or was not granted; the message is one line.
+
+    `busy`: the server is well but all its sessions are taken.
+    `absent`: nothing answered at all.
+    """
+
+    def __init__(self, message: str, *, busy: bool = False, absent: bool = False):
+        super().__init__(message)
+        self.busy = busy
+        self.absent = absent
+
+
+def printable(text: object) -> str:
+    """Text of a server, safe for a terminal: control characters escaped, one line."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
+
+
+@dataclass
+class Server:
+    """Where the endpoint is and how to get in. `url` is that of the WebSocket."""
+
+    url: str = DEFAULT_URL
+    api_key: str | None = None
+    tls: ssl.SSLContext | None = None
+
+    def __post_init__(self) -> None:
+        """Complete the address. Raises Refused where it is no WebSocket address."""
+        parts = urlsplit(self.url)
+        scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
+        try:
+            valid = scheme in ("ws", "wss") and parts.hostname and (parts.port is None or parts.port > 0)
+        except ValueError:
+            valid = False
+        if not valid:
+            raise Refused(f"{self.url}: not a server address; write ws://HOST:8000/v1/realtime")
+        path = parts.path if parts.path.strip("/") else "/v1/realtime"
+        self.url = urlunsplit((scheme, parts.netloc, path, parts.query, ""))
+        if scheme == "wss" and self.tls is None:
+            self.tls = ssl.create_default_context()
+
+    @property
+    def headers(self) -> dict[str, str]:
+        """HTTP headers that carry the key."""
+        return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
+
+    async def models(self) -> list[dict]:
+        """Return what the server serves, as `/v1/models` lists it (`id`, `max_model_len` in tokens).
+
+        Raises Refused (wrong key, not a vLLM server) or Lost (nobody there, not ready).
+        """
+        parts = urlsplit(self.url)
+        path = parts.path.removesuffix("/").removesuffix("/realtime") + "/models"
+        url = urlunsplit((parts.scheme.replace("ws", "http", 1), parts.netloc, path, "", ""))
+        return await asyncio.to_thread(self._get_models, url)
+
+    def _get_models(self, url: str) -> list[dict]:
+        request = urllib.request.Request(url, headers=self.headers)
+        try:
+            with urllib.request.urlopen(request, timeout=10, context=self.tls) as reply:
+                models = json.load(reply)["data"]
+                return [{"id": str(m["id"]), "max_model_len": m.get("max_model_len")} for m in models]
+        except urllib.error.HTTPError as error:
+            if error.code >= 500:
+                raise Lost(f"{self.url}: the server is not well (HTTP {error.code})") from None
+            raise self._http_refusal(error.code) from None
+        except urllib.error.URLError as error:
+            if isinstance(error.reason, ssl.SSLCertVerificationError):
+                raise Refused(f"{self.url}: certificate not trusted ({error.reason.verify_message})") from None
+            if isinstance(error.reason, ssl.SSLError):
+                raise Refused(f"{self.url}: the server does not speak TLS; write ws:// for wss://") from None
+            raise self._absent(error.reason) from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, (ConnectionError, TimeoutError)):
+                raise self._absent(error) from None
+            raise self._stranger() from None
+
+    def _absent(self, reason: object) -> Lost:
+        why = getattr(reason, "strerror", None) or reason
+        return Lost(f"{self.url}: no server answers there ({printable(why)}); start ./serve.sh", absent=True)
+
+    def _stranger(self) -> Refused:
+        return Refused(f"{self.url}: not a vLLM realtime server")
+
+    def _http_refusal(self, code: int) -> Refused:
+        if code in (401, 403):
+            return Refused(f"{self.url}: wrong API key (HTTP {code}); set VLLM_API_KEY to the server's")
+        return Refused(f"{self.url}: not a vLLM realtime server (HTTP {code})")
+
+    @asynccontextmanager
+    async def session(self, model: str) -> AsyncIterator["Session"]:
+        """Open a session on `model`, ready for audio. Raises Refused or Lost."""
+        try:
+            socket = await websockets.connect(
+                self.url,
+                additional_headers=self.headers,
+                ssl=self.tls,
+                max_size=None,  # `done` repeats the whole text
+                close_timeout=1,
+                open_timeout=10,
+            )
+        except websockets.InvalidStatus as error:
+            code = error.response.status_code
+            if code >= 500:
+                raise Lost(f"{self.url}: the server is not well (HTTP {code})") from None
+            raise self._http_refusal(code) from None
+        except (websockets.InvalidHandshake, websockets.InvalidMessage):
+            raise Lost(f"{self.url}: the handshake broke off") from None
+        except ssl.SSLCertVerificationError as error:
+            raise Refused(f"{self.url}: certificate not trusted ({error.verify_message})") from None
+        except (OSError, TimeoutError) as error:
+            raise self._absent(error) from None
+        try:
+            session = Session(socket)
+            await session.start(model)
+            yield session
+        finally:
+            # Aborting beats the closing handshake when the other side has gone silent.
+            try:
+                async with asyncio.timeout(2):
+                    await socket.close()
+            except (TimeoutError, OSError):
+                socket.transport.abort()
+
+
+@dataclass
+class Done:
+    """The server has finished: tokens it counted for this session."""
+
+    prompt_tokens: int
+    completion_tokens: int
+
+
+class Session:
+    """One session on an open WebSocket. Made by `Server.session`."""
+
+    def __init__(self, socket: websockets.ClientConnection):
+        self._socket = socket
+
+    async def start(self, model: str) -> None:
+        """Choose the model and start the transcription. Raises Refused or Lost."""
+        created = await self._receive()
+        if created.get("type") != "session.created":
+            raise Refused("not a vLLM realtime server: no session.created")
+        await self._send("session.update", model=model)
+        await self._send("input_audio_buffer.commit")
+
+    async def send(self, pcm: bytes) -> None:
+        """Send PCM16 audio, 16 kHz mono, an even number of bytes. Raises Lost."""
+        await self._send("input_audio_buffer.append", audio=base64.b64encode(pcm).decode())
+
+    async def finish(self) -> None:
+        """Say that no more audio comes; the server then flushes what it holds back. Raises Lost."""
+        await self._send("input_audio_buffer.commit", final=True)
+
+    async def receive(self) -> str | Done:
+        """Return the text of the next frame (mostly empty), or Done. Safe to cancel.
+
+        Raises Refused or Lost, also for an `error` event.
+        """
+        while True:
+            event = await self._receive()
+            match event.get("type"):
+                case "transcription.delta":
+                    return str(event.get("delta", ""))
+                case "transcription.done":
+                    usage = event.get("usage") or {}
+                    return Done(usage.get("prompt_tokens", 0), usage.get("completion_tokens", 0))
+                case "error":
+                    raise self._error(event)
+
+    @staticmethod
+    def _error(event: dict) -> Exception:
+        text, code = printable(event.get("error", "")), event.get("code")
+        if code == "model_not_found":
+            return Refused(f"{text} Leave out --model to take what the server serves.")
+        if code in ("model_not_validated", "invalid_event", "invalid_audio", "invalid_json", "unknown_event"):
+            return Refused(f"the server refused a message ({printable(code)}): {text}")
+        return Lost(f"server error: {text}", busy="currently busy" in text)
+
+    async def _send(self, kind: str, **fields: object) -> None:
+        try:
+            await self._socket.send(json.dumps({"type": kind} | fields))
+        except (websockets.ConnectionClosed, OSError) as error:
+            raise Lost(f"connection lost ({_closing(error)})") from None
+
+    async def _receive(self) -> dict:
+        try:
+            event = json.loads(await self._socket.recv())
+        except (websockets.ConnectionClosed, OSError) as error:
+            raise Lost(f"connection lost ({_closing(error)})") from None
+        except ValueError:
+            raise Refused("not a vLLM realtime server: a message was not JSON") from None
+        if not isinstance(event, dict):
+            raise Refused("not a vLLM realtime server: a message was no object")
+        return event
+
+
+def _closing(error: Exception) -> str:
+    if isinstance(error, websockets.ConnectionClosed) and error.rcvd is not None:
+        return f"closed with {error.rcvd.code} {printable(error.rcvd.reason)}".strip()
+    return "no closing message" if isinstance(error, websockets.ConnectionClosed) else printable(error)

@@ -1,0 +1,276 @@
+"""The books of one transcription: what was heard, understood and settled. No I/O, no clock.
+
+Positions are in samples of the input at 16 kHz, from its very first sample, across all sessions:
+
+    kept audio   |-- settled --|---- understood ----|-- heard -->
+                 ^ trimmed away  tail of words that a   sent or
+                   text final    new session replaces   waiting
+
+One delta is one frame of 80 ms (vLLM counts them the same in `usage.completion_tokens`). The
+prompt holds the model's delay, so delta k of a session, counted from 0, speaks of the audio that
+ends 0.08 (k + 1) s after the session's first sample, whatever `transcription_delay_ms` is: the
+client never needs to know the delay.
+
+A settled point lies in a pause: the audio around it is silent, and the model has had 0.32 s to
+speak of everything before it. A new session that starts there hears whole words only.
+"""
+
+import unicodedata
+from dataclasses import dataclass
+
+import numpy as np
+
+from .audio import RATE
+from .session import FRAME
+
+HOP = 320  # samples of one level reading: 20 ms
+SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, then a piece a frame
+PAUSE = 3 * FRAME  # silence wanted on either side of a settled point
+MAX_TAIL = 30 * RATE  # so much unsettled audio without a pause is settled between two words
+MAX_WORD = 2 * RATE  # longest word considered when its start is looked for
+FLOOR_DB = -65.0  # below this everything is silence: the noise of a quiet microphone
+
+
+@dataclass(frozen=True)
+class Word:
+    """A word, or a run of text in scripts without spaces.
+
+    `text` carries its own leading space, so that the transcript is the plain concatenation.
+    `start`, `end`: seconds of the input. `session`: number of the session it came from, from 1.
+    """
+
+    text: str
+    start: float
+    end: float
+    session: int
+
+
+class Timeline:
+    """See the module's docstring. Audio goes in by `hear`, deltas by `understand`."""
+
+    def __init__(self) -> None:
+        self.settled = 0  # text before this sample is final
+        self.session = 0  # number of the current session
+        self.tail: list[Word] = []  # words after `settled`: a new session would replace them
+        self._final: list[Word] = []  # settled words not yet taken
+        self._spoken = False  # any text settled yet?
+        self._pcm, self._pcm_start = bytearray(), 0
+        self._levels: list[float] = []
+        self._levels_start = 0  # position of the first level reading
+        self._threshold, self._threshold_at = FLOOR_DB, -RATE
+        self._last_end = 0  # end of the last settled word
+        self._origin = self._frames = 0
+        self._last_text = 0  # position of the last delta with text
+        self._rut: tuple[int, int] | None = None  # blank stretch that a second session must confirm
+
+    # --- audio ---
+
+    @property
+    def heard(self) -> int:
+        """End of the audio so far."""
+        return self._pcm_start + len(self._pcm) // 2
+
+    @property
+    def understood(self) -> int:
+        """End of the audio that the current session has spoken of."""
+        return self._origin + self._frames * FRAME
+
+    @property
+    def session_length(self) -> int:
+        """Samples that the current session has spoken of."""
+        return self._frames * FRAME
+
+    def hear(self, pcm: bytes) -> None:
+        """Append PCM16 bytes (an even number)."""
+        self._pcm += pcm
+        start = self._levels_start + len(self._levels) * HOP
+        count = (self.heard - start) // HOP
+        if count > 0:
+            samples = np.frombuffer(self.audio(start, count * HOP), "<i2").astype(np.float32) / 32768
+            power = np.square(samples.reshape(count, HOP)).mean(axis=1)
+            self._levels += (10 * np.log10(power + 1e-10)).tolist()
+
+    def audio(self, start: int, count: int) -> bytes:
+        """Return up to `count` kept samples from `start` on as PCM16 bytes."""
+        first = 2 * (start - self._pcm_start)
+        assert first >= 0, "audio asked for that was trimmed away"
+        return bytes(self._pcm[first : first + 2 * count])
+
+    def drop_oldest(self, keep: int) -> tuple[int, int] | None:
+        """Keep at most `keep` samples of unsettled audio; return the span lost for good, if any.
+
+        What a session has understood of the dropped audio stays. Begin a new session afterwards.
+        """
+        start = self.heard - keep
+        if start <= self.settled:
+            return None
+        lost = max(self.settled, min(self.understood, start)), start
+        self._settle(start, sum(_samples(word.end) <= start for word in self.tail))
+        return lost if lost[1] > lost[0] else None
+
+    # --- sessions ---
+
+    def begin(self) -> int:
+        """Start a new session: forget the tail, return the position from which to send audio."""
+        self.session += 1
+        self.tail.clear()
+        self._origin, self._frames, self._last_text = self.settled, 0, self.settled
+        return self._origin
+
+    def understand(self, text: str) -> None:
+        """Book the next delta."""
+        self._frames += 1
+        now = self.understood
+        if text:
+            blank_before = now - self._last_text > FRAME
+            self._add(text, blank_before)
+            self._last_text = now
+        point = min(now - SETTLE, self.heard)
+        if point <= self.settled or self._last_text > point:
+            pass  # a word may still be coming
+        elif self._quiet(point - PAUSE, point + PAUSE):
+            self._settle(point, len(self.tail))
+        elif self._rut and now >= self._rut[1] + SETTLE and self._last_text <= self._rut[0] + RATE:
+            self._settle(point, len(self.tail))  # two sessions agree that there are no words
+        if self.tail and now - self.settled > MAX_TAIL:
+            self.settle_between_words()
+
+    def settle_between_words(self) -> None:
+        """Settle where it is quietest behind a word of the tail, for want of a pause."""
+        now, best = self.understood, None
+        ends = [_samples(word.end) for word in self.tail]
+        late = [end for end in ends if end > (self.settled + now) // 2] or ends
+        for end in late:
+            if self.settled < end < now - SETTLE:
+                level, point = self._quietest(max(end - 4 * HOP, self.settled + HOP), end + 8 * HOP)
+                if best is None or level <= best[0]:
+                    best = level, point, ends.index(end) + 1
+        if best is None and now - SETTLE > self.settled + FRAME:
+            level, point = self._quietest(max(now - 2 * RATE, self.settled + FRAME), now - SETTLE)
+            best = level, point, sum(end <= point for end in ends)
+        if best is not None:
+            self._settle(best[1], best[2])
+
+    def finish(self) -> None:
+        """Settle everything: the input has ended and the server has spoken of all of it."""
+        self._settle(self.heard, len(self.tail))
+
+    def take(self) -> list[Word]:
+        """Return the words settled since the last call."""
+        words, self._final = self._final, []
+        return words
+
+    # --- the model stuck in blanks (vllm#47614) ---
+
+    def audible_since_text(self) -> float:
+        """Seconds of understood audio above the noise since the last word."""
+        start = max(self._last_text, self.settled)
+        if self._rut:
+            start = max(start, self._rut[1])  # that stretch is under examination already
+        return float((self._readings(start, self.understood) > self._noise()).sum()) * HOP / RATE
+
+    def suspect_rut(self) -> None:
+        """Note that everything since the last word is to be confirmed by a new session."""
+        self._rut = self._last_text, self.understood
+
+    # --- private ---
+
+    def _settle(self, point: int, words: int) -> None:
+        """Make `point` the settled point and the first `words` of the tail final."""
+        if words:
+            self._final += self.tail[:words]
+            self._spoken, self._last_end = True, _samples(self.tail[words - 1].end)
+            del self.tail[:words]
+        self.settled = point
+        if self._rut and point >= self._rut[1]:
+            self._rut = None
+        del self._pcm[: 2 * max(0, point - self._pcm_start)]
+        self._pcm_start = max(self._pcm_start, point)
+        excess = (point - 30 * RATE - self._levels_start) // HOP
+        if excess > 0:
+            del self._levels[:excess]
+            self._levels_start += excess * HOP
+
+    def _add(self, text: str, blank_before: bool) -> None:
+        """Append text of the frame just understood to the tail, as words."""
+        for i, piece in enumerate(_split(text)):
+            last = self.tail[-1].text if self.tail else ""
+            fresh = not last or piece[0].isspace() or last[-1].isspace()
+            if fresh or i or (blank_before and piece[0].isalnum()):
+                if not self.tail and self._spoken and not piece[0].isspace() and not _wide(piece[0]):
+                    piece = " " + piece  # the first word of a later session
+                start, end = self._locate(self.understood - FRAME)
+                self.tail.append(Word(piece, start / RATE, end / RATE, self.session))
+            else:
+                word = self.tail[-1]
+                self.tail[-1] = Word(word.text + piece, word.start, word.end, word.session)
+
+    def _locate(self, spoken: int) -> tuple[int, int]:
+        """Return start and end of the word whose end the model marked in the frame up to `spoken`.
+
+        The mark comes in the frame in which the word ends, or one beside it; where the sound falls
+        silent near the middle of that frame, that is the end. The start is where the sound began.
+        """
+        earliest = max(_samples(self.tail[-1].end) if self.tail else self._last_end, self._origin)
+        first = -(-max(earliest, spoken - MAX_WORD, self._levels_start) // HOP) * HOP
+        loud = self._readings(first, spoken + 2 * FRAME) > self._noise()
+        expected = (spoken - FRAME // 2 - first) // HOP  # index of the reading behind the word's end
+        falls = np.flatnonzero(loud[:-1] & ~loud[1:]) + 1
+        falls = falls[abs(falls - expected) <= 2 * FRAME // HOP]
+        stop = int(falls[abs(falls - expected).argmin()]) if len(falls) else max(expected, 1)
+        start = stop
+        while start > 0 and loud[max(0, start - 4) : start].any():  # less than 80 ms of silence: a plosive
+            start -= 1
+        while start < stop - 1 and not loud[start]:
+            start += 1
+        end = max(first + stop * HOP, earliest + HOP)
+        return max(earliest, min(first + start * HOP, end - HOP)), end
+
+    def _readings(self, start: int, end: int) -> np.ndarray:
+        """Level readings in dB that lie within [start, end)."""
+        first = max(0, -(-(start - self._levels_start) // HOP))
+        return np.array(self._levels[first : max(first, (end - self._levels_start) // HOP)])
+
+    def _quiet(self, start: int, end: int) -> bool:
+        """Is all audio within [start, end) silent? The future beyond `heard` counts as silent."""
+        return bool((self._readings(start, end) <= self._noise()).all())
+
+    def _quietest(self, start: int, end: int) -> tuple[float, int]:
+        """Return level and position of the quietest reading within [start, end)."""
+        readings = self._readings(start, end)
+        if not len(readings):
+            return 0.0, end
+        quietest = int(readings.argmin())
+        return float(readings[quietest]), -(-start // HOP) * HOP + quietest * HOP
+
+    def _noise(self) -> float:
+        """Level in dB under which sound counts as silence, from the last 30 s heard.
+
+        Up to 8 dB over the noise floor, less where speech barely rises above it; never more than
+        35 dB under the loud parts, where only breath is.
+        """
+        if self.heard - self._threshold_at >= RATE // 2:
+            self._threshold_at = self.heard
+            recent = self._levels[-30 * RATE // HOP :]
+            floor, loud = np.percentile(recent, (10, 95)) if recent else (FLOOR_DB, FLOOR_DB)
+            self._threshold = max(FLOOR_DB, loud - 35, floor + min(8, 0.4 * (loud - floor)))
+        return self._threshold
+
+
+def _samples(seconds: float) -> int:
+    return round(seconds * RATE)
+
+
+def _split(text: str) -> list[str]:
+    """Split before each whitespace that follows a word, losing nothing."""
+    pieces = [""]
+    for c in text:
+        if c.isspace() and pieces[-1].strip():
+            pieces.append("")
+        pieces[-1] += c
+    return pieces
+
+
+def _wide(c: str) -> bool:
+    """Is this a character of a script that is written without spaces?"""
+    return unicodedata.east_asian_width(c) in "WF"

@@ -1,0 +1,254 @@
+"""One transcription over as many sessions as it takes: resume, rollover, watchdog.
+
+                 ready
+    CONNECTING --------> LISTENING --------------------------> DONE
+        ^  ^                 |    |    input ended, `done` came
+        |  |  pause after a minute,
+        |  |  limit near, rut, stall, audio lost from the buffer
+        |  +-----------------+    |
+        |                         |  connection lost, server error
+        |      after a wait       v
+        +--------------------- WAITING ----> GaveUp  (nothing achieved for `give_up_after` s)
+                                             Refused (trying again is useless)
+
+Every arrow into CONNECTING goes on from the settled point of the `Timeline`: audio from there on
+is sent again, and the tail of words behind it is replaced. A word is yielded once, when settled.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Callable
+
+from .audio import RATE
+from .session import FRAME, Done, Lost, Refused, Server, Session
+from .timeline import Timeline, Word
+
+AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
+PIECE = RATE // 4  # audio in one message at most
+ROLLOVER_SECONDS = 75.0  # a session costs more with every frame (measured: README, "Long recordings")
+STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
+RUT_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
+RUT_MAX_SECONDS = 240.0  # music and noise are examined less and less often
+KEEP_SECONDS = 300.0  # live audio kept through an outage: 9.6 MB
+GIVE_UP_SECONDS = 120.0  # a server restart takes a minute, a first start up to three
+MAX_DELAY = 3 * RATE  # a model with the longest delay (2.4 s) waits for so much audio before it speaks
+FLUSH = RATE // 4  # `done` is complete if it speaks of so much beyond the input (the server adds 0.8 s)
+PROMPT_TOKENS = 80  # of a session's length: start, padding and delay (39 at 480 ms), and reserve
+
+
+class GaveUp(Exception):
+    """Nothing was achieved for too long; what was settled has been yielded."""
+
+
+class Transcriber:
+    """Words with times of an audio stream, whatever happens to the sessions underneath.
+
+        transcriber = Transcriber(server)
+        await transcriber.open()
+        async for word in transcriber.words(chunks): ...
+
+    `live`: the audio comes at its own pace and cannot be held back (a microphone).
+    `notify(state, message)` is told of every change; states are those of the module's docstring.
+    """
+
+    def __init__(
+        self,
+        server: Server,
+        *,
+        model: str | None = None,
+        live: bool = False,
+        notify: Callable[[str, str], None] = lambda state, message: None,
+        give_up_after: float = GIVE_UP_SECONDS,
+        rollover_after: float = ROLLOVER_SECONDS,
+        stall_after: float = STALL_SECONDS,
+        rut_after: float = RUT_SECONDS,
+        keep: float = KEEP_SECONDS,
+        session_limit: float | None = None,
+    ):
+        """All times in seconds. `session_limit`: longest session in place of the server's own."""
+        self.timeline = Timeline()
+        self.completion_tokens = 0
+        self.lost: list[tuple[float, float]] = []  # spans of input that were never understood
+        self._server, self._model, self._live, self._notify = server, model, live, notify
+        self._give_up_after, self._rollover_after = give_up_after, rollover_after
+        self._stall_after, self._rut_after, self._keep = stall_after, rut_after, int(keep * RATE)
+        self._patience = rut_after
+        self._session_limit = session_limit
+        self._prompt = 0  # tokens of a session's prompt, as the server counts them
+        self._last_delta = 0.0
+        self._sent = 0  # end of the audio sent to the current session
+        self._ended = False  # no more audio comes
+        self._more = asyncio.Event()  # audio or room for it has come
+
+    async def open(self) -> None:
+        """Ask the server what it serves. Raises Refused or Lost where it cannot be used."""
+        self._notify("CONNECTING", self._server.url)
+        models = await self._server.models()
+        known = {m["id"]: m for m in models}
+        if not known:
+            raise Refused(f"{self._server.url}: the server serves no model")
+        self._model = self._model or models[0]["id"]
+        if self._model not in known:
+            raise Refused(f"the server has no model {self._model}; it serves {', '.join(known)}")
+        tokens = known[self._model]["max_model_len"]
+        if self._session_limit is None:
+            self._session_limit = max(tokens - PROMPT_TOKENS, tokens // 2) * FRAME / RATE if tokens else 2400.0
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Tokens of all prompts so far, once a session has been counted by the server."""
+        return self._prompt * self.timeline.session
+
+    @property
+    def lag(self) -> float:
+        """Seconds of audio heard but not yet understood."""
+        return max(0, self.timeline.heard - self.timeline.understood) / RATE
+
+    async def words(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[Word]:
+        """Yield the words of `chunks` (PCM16 bytes, 16 kHz mono) as they settle.
+
+        Raises Refused or GaveUp; all settled words have been yielded by then, the rest stands in
+        `timeline.tail`. Exceptions of `chunks` come through, after the words before them.
+        """
+        intake = asyncio.create_task(self._hear(chunks))
+        try:
+            async for word in self._sessions():
+                yield word
+            await intake
+        finally:
+            intake.cancel()
+            await asyncio.gather(intake, return_exceptions=True)
+
+    async def _sessions(self) -> AsyncIterator[Word]:
+        """Run one session after the other until the input is understood."""
+        timeline, clock = self.timeline, asyncio.get_running_loop().time
+        achieved, failures = clock(), 0
+        while await self._audio_there():
+            self._sent = timeline.begin()
+            trouble = None
+            try:
+                async with self._server.session(self._model) as session:
+                    self._notify("LISTENING", "")
+                    self._last_delta = clock()
+                    feeding = asyncio.create_task(self._feed(session))
+                    try:
+                        while await self._step(session):
+                            achieved, failures = clock(), 0
+                            for word in timeline.take():
+                                yield word
+                    finally:
+                        feeding.cancel()
+                        await asyncio.gather(feeding, return_exceptions=True)
+            except Lost as error:
+                trouble = error
+            for word in timeline.take():
+                yield word
+            if trouble is None:
+                self._notify("CONNECTING", "")
+            elif trouble.busy:  # the server is well: waiting for a slot is no failure
+                achieved = clock()
+                self._notify("WAITING", "all sessions of the server are taken: waiting for a free one")
+                await asyncio.sleep(random.uniform(1, 3))
+            else:
+                if clock() - achieved > self._give_up_after:
+                    raise GaveUp(f"gave up after {self._give_up_after:.0f} s: {trouble}")
+                self._notify("WAITING", f"{trouble}; trying again")
+                failures += 1
+                await asyncio.sleep(min(8.0, 0.25 * 2**failures) * random.uniform(0.5, 1.5))
+        self._notify("DONE", "")
+
+    async def _step(self, session: Session) -> bool:
+        """Book the next delta; return False where a new session should go on. Raises Lost."""
+        timeline, clock = self.timeline, asyncio.get_running_loop().time
+        settled = timeline.settled
+        try:
+            async with asyncio.timeout(0.5):
+                delta = await session.receive()
+        except TimeoutError:
+            delta = None
+            if self._sent - timeline.understood < MAX_DELAY and not self._ended:
+                self._last_delta = clock()  # the server has nothing to work on
+            if clock() - self._last_delta > self._stall_after:
+                raise Lost(f"no answer for {self._stall_after:.0f} s") from None
+        if timeline.understood < timeline.settled:
+            return False  # the audio it is working on was dropped
+        if delta is None:
+            return True
+        self._last_delta = clock()
+        if isinstance(delta, Done):
+            return self._finish(delta)
+        timeline.understand(delta)
+        self.completion_tokens += 1
+        self._more.set()
+        return not self._new_session_wanted(delta, settled)
+
+    def _new_session_wanted(self, delta: str, settled_before: int) -> bool:
+        """Decide on rollover and on the rut of blanks, and settle what can be."""
+        timeline = self.timeline
+        age = timeline.session_length / RATE
+        if age > self._session_limit:
+            timeline.settle_between_words()
+            return True
+        if self._ended and self._sent >= timeline.heard:
+            return False  # a few frames more, and all is done
+        if age > min(self._rollover_after, self._session_limit / 2):
+            return timeline.settled > settled_before
+        self._patience = self._rut_after if delta else self._patience
+        if (seconds := timeline.audible_since_text()) > self._patience:
+            self._notify("CONNECTING", f"no words in {seconds:.0f} s of sound: asking a new session")
+            self._patience = min(2 * self._patience, RUT_MAX_SECONDS)
+            timeline.suspect_rut()
+            return True
+        return False
+
+    def _finish(self, done: Done) -> bool:
+        """Book the end of a session that the server ended. Returns False. Raises Lost."""
+        if self.timeline.session_length == 0:
+            raise Lost("the server ended the session without a word")
+        self._prompt = done.prompt_tokens
+        if self._ended and self.timeline.understood >= self.timeline.heard + FLUSH:
+            self.timeline.finish()
+        else:
+            self.timeline.settle_between_words()  # the server's limit came first
+        return False
+
+    async def _hear(self, chunks: AsyncIterator[bytes]) -> None:
+        """Take in the audio, a file no faster than the server understands it."""
+        try:
+            async for pcm in chunks:
+                while not self._live and self.timeline.heard - self.timeline.understood > 2 * AHEAD:
+                    await self._wait()
+                self.timeline.hear(pcm)
+                self._more.set()
+                if lost := self.timeline.drop_oldest(self._keep):
+                    self.lost.append((lost[0] / RATE, lost[1] / RATE))
+                    self._notify("LOST", f"{lost[0] / RATE:.1f} to {lost[1] / RATE:.1f} s")
+        finally:
+            self._ended = True
+            self._more.set()
+
+    async def _feed(self, session: Session) -> None:
+        """Send the audio from `_sent` on, never more than AHEAD before the deltas."""
+        try:
+            while self._sent >= self.timeline.settled:  # else that audio was dropped
+                room = self.timeline.understood + AHEAD - self._sent
+                pcm = self.timeline.audio(self._sent, min(PIECE, room)) if room > 0 else b""
+                if pcm:
+                    await session.send(pcm)
+                    self._sent += len(pcm) // 2
+                elif self._ended and self._sent >= self.timeline.heard:
+                    return await session.finish()
+                else:
+                    await self._wait()
+        except Lost:
+            pass  # the receiving side sees it too, after what had arrived before
+
+    async def _audio_there(self) -> bool:
+        """Wait for audio to send; return False if there is none to come."""
+        while self.timeline.heard <= self.timeline.settled and not self._ended:
+            await self._wait()
+        return self.timeline.heard > self.timeline.settled
+
+    async def _wait(self) -> None:
+        self._more.clear()
+        await self._more.wait()
