@@ -1,0 +1,31 @@
+#!/usr/bin/env bash
+# From a fresh clone to a transcript, without a GPU and without a model hub: sets up if needed,
+# serves the small embedded checkpoint on a free port of this machine, transcribes its sample.
+set -euo pipefail
+cd "$(dirname "$0")"
+case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
+
+[ -x .venv/bin/vllm ] || ./setup.sh --cpu
+python=.venv/bin/python
+port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
+log=$(mktemp)
+sample=tests/tiny_checkpoint/sample
+
+MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEMORY_UTILIZATION=0.3 \
+  setsid ./serve.sh > "$log" 2>&1 &
+server=$!
+trap 'kill -- -$server 2> /dev/null || true; wait $server 2> /dev/null || true; rm -f "$log"' EXIT
+echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (half a minute to two)" >&2
+until $python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/health')" 2> /dev/null; do
+  kill -0 $server 2> /dev/null || { tail -n 20 "$log" >&2; echo "error: the server ended; its last lines are above" >&2; exit 1; }
+  sleep 0.5
+done
+
+echo "transcribing $sample.wav:" >&2
+text=$($python test_file_transcribe.py --audio_path $sample.wav --url "ws://127.0.0.1:$port/v1/realtime" | tee /dev/stderr)
+if [ "$text" = "$(cat $sample.txt)" ]; then
+  echo "that is what was said. Next: README.md, \"On your GPU\"" >&2
+else
+  echo "error: expected: $(cat $sample.txt)" >&2
+  exit 1
+fi
