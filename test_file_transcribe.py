@@ -5,6 +5,7 @@ import argparse
 import asyncio
 import sys
 import time
+from contextlib import aclosing
 
 from rich.progress_bar import ProgressBar
 from rich.table import Table
@@ -55,10 +56,12 @@ async def transcribe(options: argparse.Namespace) -> int:
 
         drawing = asyncio.create_task(redraw())
         text = ""
+        chunks = stream(file.blocks(), options.realtime, interrupts.stop)
         try:
-            async for word in transcriber.words(interrupts.until_stopped(stream(file.blocks(), options.realtime))):
-                screen.write(word.text if text else word.text.lstrip())
-                text += word.text
+            async with aclosing(transcriber.words(chunks)) as words:
+                async for word in words:
+                    screen.write(word.text if text else word.text.lstrip())
+                    text += word.text
         finally:
             drawing.cancel()
             rest = "".join(word.text for word in timeline.tail)  # no session will replace it any more

@@ -1,6 +1,7 @@
 """Audio as the realtime endpoint wants it: 16 kHz mono PCM16 in small chunks."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
@@ -85,14 +86,22 @@ class AudioFile:
             raise AudioError(f"{self.path}: damaged audio ({error})") from None
 
 
-async def stream(blocks: Iterator[bytes], realtime: bool = False) -> AsyncIterator[bytes]:
-    """Turn PCM16 blocks into an async stream, with `realtime` no faster than they would be spoken."""
-    clock, sent = asyncio.get_running_loop().time, 0.0
+async def stream(
+    blocks: Iterator[bytes], realtime: bool = False, stop: asyncio.Event | None = None
+) -> AsyncIterator[bytes]:
+    """Turn PCM16 blocks into an async stream that ends early when `stop` is set.
+
+    With `realtime` no block comes sooner than it would have been spoken.
+    """
+    clock, sent, stop = asyncio.get_running_loop().time, 0.0, stop or asyncio.Event()
     start = clock()
     for pcm in blocks:
-        if not pcm:
-            continue
         sent += len(pcm) / 2 / RATE
         if realtime:
-            await asyncio.sleep(max(0.0, start + sent - clock()))
-        yield pcm
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout_at(start + sent):
+                    await stop.wait()
+        if stop.is_set():
+            return
+        if pcm:
+            yield pcm

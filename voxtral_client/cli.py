@@ -6,7 +6,7 @@ import os
 import signal
 import ssl
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import Awaitable, Callable
 
 from .audio import AudioError
 from .session import DEFAULT_URL, Lost, Refused, Server
@@ -55,10 +55,9 @@ def server_from(options: argparse.Namespace) -> Server:
 
 
 class Interrupts:
-    """Ctrl+C: the first ends the audio, so that the last words still arrive; the second stops."""
+    """Ctrl+C: the first sets `stop`, to end the audio, so that the last words still arrive; the second stops."""
 
     def __init__(self, say: Callable[[str], None]):
-        self._say = say
         self.stop = asyncio.Event()
         task = asyncio.current_task()
         loop = asyncio.get_running_loop()
@@ -71,23 +70,6 @@ class Interrupts:
                 loop.call_soon_threadsafe(say, "stopping: the last words are coming (Ctrl+C again to stop at once)")
 
         signal.signal(signal.SIGINT, interrupt)
-
-    async def until_stopped(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-        """Pass `chunks` on until the first Ctrl+C."""
-        stopped = asyncio.create_task(self.stop.wait())
-        try:
-            while not self.stop.is_set():
-                chunk = asyncio.ensure_future(anext(chunks))
-                await asyncio.wait({chunk, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if not chunk.done():
-                    chunk.cancel()
-                    return
-                try:
-                    yield chunk.result()
-                except StopAsyncIteration:
-                    return
-        finally:
-            stopped.cancel()
 
 
 def run(main: Awaitable[int]) -> int:

@@ -27,6 +27,7 @@ HOP = 320  # samples of one level reading: 20 ms
 SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, then a piece a frame
 PAUSE = 3 * FRAME  # silence wanted on either side of a settled point
 MAX_TAIL = 30 * RATE  # so much unsettled audio without a pause is settled between two words
+UNANSWERED_SECONDS = 1.5  # sound without a word that may be a cough; more of it is not settled unasked
 MAX_WORD = 2 * RATE  # longest word considered when its start is looked for
 FLOOR_DB = -65.0  # below this everything is silence: the noise of a quiet microphone
 
@@ -128,7 +129,7 @@ class Timeline:
         point = min(now - SETTLE, self.heard)
         if point <= self.settled or self._last_text > point:
             pass  # a word may still be coming
-        elif self._quiet(point - PAUSE, point + PAUSE):
+        elif self._quiet(point - PAUSE, point + PAUSE) and self.unanswered() <= UNANSWERED_SECONDS:
             self._settle(point, len(self.tail))
         elif self._rut and now >= self._rut[1] + SETTLE and self._last_text <= self._rut[0] + RATE:
             self._settle(point, len(self.tail))  # two sessions agree that there are no words
@@ -162,18 +163,25 @@ class Timeline:
 
     # --- the model stuck in blanks (vllm#47614) ---
 
-    def audible_since_text(self) -> float:
-        """Seconds of understood audio above the noise since the last word."""
-        start = max(self._last_text, self.settled)
-        if self._rut:
-            start = max(start, self._rut[1])  # that stretch is under examination already
+    def unanswered(self) -> float:
+        """Seconds of sound above the noise, understood without a word since the last word."""
+        start = self._answered
         return float((self._readings(start, self.understood) > self._noise()).sum()) * HOP / RATE
+
+    def wordless(self) -> float:
+        """Seconds of audio, silent or not, since the last word."""
+        return (self.understood - self._answered) / RATE
 
     def suspect_rut(self) -> None:
         """Note that everything since the last word is to be confirmed by a new session."""
         self._rut = self._last_text, self.understood
 
     # --- private ---
+
+    @property
+    def _answered(self) -> int:
+        """End of the audio that needs no asking again; a stretch under examination counts as answered."""
+        return max(self._last_text, self.settled, self._rut[1] if self._rut else 0)
 
     def _settle(self, point: int, words: int) -> None:
         """Make `point` the settled point and the first `words` of the tail final."""

@@ -18,17 +18,18 @@ is sent again, and the tail of words behind it is replaced. A word is yielded on
 import asyncio
 import random
 from collections.abc import AsyncIterator, Callable
+from contextlib import aclosing
 
 from .audio import RATE
 from .session import FRAME, Done, Lost, Refused, Server, Session
-from .timeline import Timeline, Word
+from .timeline import UNANSWERED_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
 PIECE = RATE // 4  # audio in one message at most
 ROLLOVER_SECONDS = 75.0  # a session costs more with every frame (measured: README, "Long recordings")
 STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
 RUT_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
-RUT_MAX_SECONDS = 240.0  # music and noise are examined less and less often
+RUT_MAX_SECONDS = 80.0  # music and noise are examined less and less often; three times this must fit KEEP
 KEEP_SECONDS = 300.0  # live audio kept through an outage: 9.6 MB
 GIVE_UP_SECONDS = 120.0  # a server restart takes a minute, a first start up to three
 MAX_DELAY = 3 * RATE  # a model with the longest delay (2.4 s) waits for so much audio before it speaks
@@ -112,8 +113,9 @@ class Transcriber:
         """
         intake = asyncio.create_task(self._hear(chunks))
         try:
-            async for word in self._sessions():
-                yield word
+            async with aclosing(self._sessions()) as words:
+                async for word in words:
+                    yield word
             await intake
         finally:
             intake.cancel()
@@ -191,11 +193,18 @@ class Transcriber:
             return True
         if self._ended and self._sent >= timeline.heard:
             return False  # a few frames more, and all is done
-        if age > min(self._rollover_after, self._session_limit / 2):
-            return timeline.settled > settled_before
+        rollover = min(self._rollover_after, self._session_limit / 2)
+        if age > rollover and timeline.settled > settled_before:
+            return True
+        if age > 4 * rollover:  # talk without a pause, or music under it
+            timeline.settle_between_words()
+            return True
         self._patience = self._rut_after if delta else self._patience
-        if (seconds := timeline.audible_since_text()) > self._patience:
-            self._notify("CONNECTING", f"no words in {seconds:.0f} s of sound: asking a new session")
+        unanswered = timeline.unanswered()
+        if unanswered > self._patience or (
+            timeline.wordless() > 3 * self._patience and unanswered > UNANSWERED_SECONDS
+        ):
+            self._notify("CONNECTING", f"no words in {unanswered:.0f} s of sound: asking a new session")
             self._patience = min(2 * self._patience, RUT_MAX_SECONDS)
             timeline.suspect_rut()
             return True

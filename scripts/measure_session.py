@@ -1,0 +1,71 @@
+#!/usr/bin/env python3
+"""Time per frame against the length of a recording: the sample over and over, sent as fast as the server takes it.
+
+    scripts/measure_session.py --minutes 44                             as the clients do it, with rollover
+    scripts/measure_session.py --minutes 44 --rollover-after 100000     one session as long as the server allows
+
+Prints a line for each minute of audio (median milliseconds a frame in it) and a line of JSON last.
+"""
+
+import argparse
+import itertools
+import json
+import statistics
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from voxtral_client.audio import RATE, AudioFile, stream  # noqa: E402
+from voxtral_client.cli import add_server_options, run, seconds, server_from  # noqa: E402
+from voxtral_client.session import FRAME  # noqa: E402
+from voxtral_client.transcriber import ROLLOVER_SECONDS, Transcriber  # noqa: E402
+
+
+async def measure(options: argparse.Namespace) -> int:
+    """Print the table and return the exit code."""
+    transcriber = Transcriber(server_from(options), model=options.model, rollover_after=options.rollover_after)
+    await transcriber.open()
+    file = AudioFile(options.audio_path)
+    rounds = int(options.minutes * 60 / file.seconds)
+    blocks = itertools.chain.from_iterable(file.blocks() for _ in range(rounds))
+    minutes: dict[int, list[float]] = {}
+    understand, last = transcriber.timeline.understand, time.perf_counter()
+
+    def timed(text: str) -> None:
+        nonlocal last
+        now = time.perf_counter()
+        understand(text)
+        minutes.setdefault(transcriber.timeline.understood // (60 * RATE), []).append(1000 * (now - last))
+        last = now
+        if len(minutes) > 1 and len(minutes[max(minutes)]) == 1:
+            report(max(minutes) - 1)
+
+    def report(minute: int) -> None:
+        took = minutes[minute]
+        print(f"minute {minute + 1:3}: {statistics.fmean(took):6.1f} ms a frame (median {statistics.median(took):.1f})")
+        sys.stdout.flush()
+
+    transcriber.timeline.understand = timed
+    async for _ in transcriber.words(stream(blocks)):
+        pass
+    means = [round(statistics.fmean(took), 2) for _, took in sorted(minutes.items())]
+    budget = 1000 * FRAME / RATE
+    print(json.dumps({"sessions": transcriber.timeline.session, "ms_per_frame": means, "real_time_ms": budget}))
+    return 0
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the script; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--audio_path", default=ROOT / "tests" / "tiny_checkpoint" / "sample.wav", metavar="FILE")
+    parser.add_argument("--rollover-after", type=seconds, default=ROLLOVER_SECONDS, metavar="SECONDS")
+    add_server_options(parser)
+    return run(measure(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

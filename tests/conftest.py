@@ -1,0 +1,101 @@
+"""One real vLLM server for the whole session, started as a user starts it, and what tests need around it."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_checkpoint"))
+sys.path.insert(0, str(ROOT))
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+class ServerProcess:
+    """`./serve.sh` with the embedded checkpoint on a loopback port."""
+
+    def __init__(self, log: Path, *options: str, **environment: str):
+        self.port = int(environment.get("PORT") or free_port())
+        self.log = log
+        self._options = options
+        self._environment = os.environ | {
+            "MODEL": str(CHECKPOINT),
+            "SERVED_MODEL_NAME": "tiny",
+            "HOST": "127.0.0.1",
+            "PORT": str(self.port),
+            "QUANTIZATION": "none",
+            "HF_HUB_OFFLINE": "1",
+            **environment,
+        }
+        self.process: subprocess.Popen | None = None
+
+    @property
+    def url(self) -> str:
+        return f"ws://127.0.0.1:{self.port}/v1/realtime"
+
+    def start(self) -> "ServerProcess":
+        with self.log.open("a") as log:
+            self.process = subprocess.Popen(
+                ["./serve.sh", *self._options],
+                cwd=ROOT,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        return self
+
+    def wait(self) -> "ServerProcess":
+        """Wait until the server answers; fail with its log if it ends instead."""
+        while not self.healthy():
+            if self.process.poll() is not None:
+                raise RuntimeError(f"server ended:\n{self.log.read_text()[-4000:]}")
+            time.sleep(0.2)
+        return self
+
+    def healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
+                return reply.status == 200
+        except OSError:
+            return False
+
+    def kill(self, how: int = signal.SIGKILL) -> None:
+        """Kill the server and the processes it started."""
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, how)
+            self.process.wait()
+
+
+@pytest.fixture(scope="session")
+def server(tmp_path_factory):
+    """The server of the whole session: sessions of at most 79 s, four at once. Started again if a test killed it."""
+    folder = tmp_path_factory.mktemp("server")
+    process = ServerProcess(folder / "log", MAX_MODEL_LEN="1024", MAX_NUM_SEQS="4", **_running())
+    if not process.healthy():
+        process.start().wait()
+    yield process
+    process.kill(signal.SIGTERM)
+
+
+def _running() -> dict[str, str]:
+    """A server that runs already on this port is used instead, which makes single tests quick."""
+    return {"PORT": os.environ["TEST_SERVER_PORT"]} if "TEST_SERVER_PORT" in os.environ else {}
+
+
+def run_script(name: str, *arguments: object, **options: object) -> subprocess.CompletedProcess:
+    """Run one of the scripts as a user does; output as text, stdin closed."""
+    options = {"capture_output": True, "text": True, "timeout": 600, "stdin": subprocess.DEVNULL} | options
+    return subprocess.run([sys.executable, ROOT / name, *map(str, arguments)], **options)

@@ -1,0 +1,203 @@
+"""Faults on the way between client and server: the transcript must come out as if there had been none.
+
+The server is the real one. `proxy.Proxy` stands between and does what networks do; for the server's own
+death the process is killed.
+"""
+
+import asyncio
+import time
+
+import pytest
+from proxy import Proxy
+from speech import talk, write
+
+from voxtral_client.audio import AudioFile, stream
+from voxtral_client.session import Server
+from voxtral_client.timeline import Word
+from voxtral_client.transcriber import GaveUp, Transcriber
+
+
+class Observed(Transcriber):
+    """A transcriber that remembers what it told its user."""
+
+    def __init__(self, url: str, **options):
+        self.told: list[tuple[str, str]] = []
+        super().__init__(Server(url), notify=lambda state, text: self.told.append((state, text)), **options)
+
+    async def transcribe(self, path, realtime=False) -> list[Word]:
+        await self.open()
+        return [word async for word in self.words(stream(AudioFile(path).blocks(), realtime))]
+
+    def said(self, text: str) -> bool:
+        return any(text in message for _, message in self.told)
+
+
+@pytest.fixture(scope="module")
+def recording(tmp_path_factory):
+    """A minute of talk with pauses."""
+    samples, _ = talk(60, seed=5)
+    return write(tmp_path_factory.mktemp("audio") / "talk.wav", samples)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(server, recording):
+    """What the server makes of the recording in a single session."""
+    transcriber = Observed(server.url, rollover_after=1e6)
+    words = asyncio.run(transcriber.transcribe(recording))
+    assert transcriber.timeline.session == 1
+    assert len(words) > 40
+    return words
+
+
+def assert_same(got: list[Word], wanted: list[Word]) -> None:
+    """Word for word the same text, and times that differ by two frames at most."""
+    assert "".join(word.text for word in got) == "".join(word.text for word in wanted)
+    for a, b in zip(got, wanted, strict=True):
+        assert abs(a.start - b.start) <= 0.161, (a, b)
+        assert abs(a.end - b.end) <= 0.161, (a, b)
+
+
+async def through(server, recording, faults, **options) -> tuple[list[Word], Observed, Proxy]:
+    async with Proxy(server.port, faults) as proxy:
+        transcriber = Observed(proxy.url, **options)
+        return await transcriber.transcribe(recording), transcriber, proxy
+
+
+@pytest.mark.parametrize(
+    "faults",
+    [
+        pytest.param([(203, "reset")], id="reset"),
+        pytest.param([(331, "stall")], id="half-open"),
+        pytest.param([(140, "close")], id="1011"),
+        pytest.param([(97, "reset"), (171, "close"), (60, "reset")], id="three-in-a-row"),
+        pytest.param([(1, "reset"), (2, "reset"), (500, "reset")], id="at-the-start"),
+    ],
+)
+def test_connection_lost(server, recording, undisturbed, faults):
+    words, transcriber, proxy = asyncio.run(through(server, recording, faults, stall_after=4))
+    assert proxy.struck == [fault for _, fault in faults]
+    assert transcriber.said("trying again")
+    assert_same(words, undisturbed)
+
+
+def test_lost_while_the_last_words_come(server, recording, undisturbed):
+    """The connection breaks after the last audio has been sent, before `done`."""
+    frames = int(AudioFile(recording).seconds / 0.08) + 4
+    words, _, proxy = asyncio.run(through(server, recording, [(frames, "reset")]))
+    assert proxy.struck == ["reset"]
+    assert_same(words, undisturbed)
+
+
+def test_server_killed_and_restarted(server, recording, undisturbed):
+    """kill -9 in the middle of a word; 20 s without any server, then a new one."""
+
+    async def scenario() -> list[Word]:
+        transcriber = Observed(server.url, give_up_after=600)
+        await transcriber.open()
+        words, killed = [], False
+
+        async def restart() -> None:
+            await asyncio.sleep(20)
+            server.start()
+
+        async for word in transcriber.words(stream(AudioFile(recording).blocks())):
+            words.append(word)
+            if not killed and word.end > 20:
+                server.kill()
+                killed, restarting = True, asyncio.create_task(restart())
+        await restarting
+        assert transcriber.said("connection lost")
+        assert transcriber.said("no server answers")
+        return words
+
+    assert_same(asyncio.run(scenario()), undisturbed)
+
+
+def test_rollover_at_pauses(server, recording, undisturbed):
+    transcriber = Observed(server.url, rollover_after=8)
+    words = asyncio.run(transcriber.transcribe(recording))
+    assert transcriber.timeline.session >= 5
+    assert_same(words, undisturbed)
+
+
+def test_limit_of_the_server_reached_five_times(server, tmp_path):
+    """The server ends a session at its limit with an ordinary `done`; a client that does not look ahead resumes."""
+    samples, spoken = talk(79 * 5 + 20, seed=6)
+    path = write(tmp_path / "long.wav", samples)
+    blind = Observed(server.url, rollover_after=1e6, session_limit=1e6)
+    rolling = Observed(server.url)
+
+    async def both() -> tuple[list[Word], list[Word]]:
+        return await asyncio.gather(blind.transcribe(path), rolling.transcribe(path))
+
+    at_limit, at_pauses = asyncio.run(both())
+    assert blind.timeline.session >= 6
+    assert rolling.timeline.session >= 6
+    assert_same(at_limit, at_pauses)
+    right = [text for text, _, _ in spoken]
+    assert sum(a.text.strip() == b for a, b in zip(at_pauses, right, strict=True)) >= 0.95 * len(right)
+
+
+def test_all_slots_taken(server, recording, undisturbed):
+    """The client says that it waits, and goes on when a session ends."""
+
+    async def scenario() -> tuple[list[Word], Observed]:
+        name = (await Server(server.url).models())[0]["id"]
+        occupied = asyncio.Event()
+
+        async def occupy() -> None:
+            async with Server(server.url).session(name) as session:
+                await session.send(bytes(2 * 16000))
+                await session.receive()
+                await occupied.wait()
+
+        others = [asyncio.create_task(occupy()) for _ in range(4)]
+        await asyncio.sleep(3)
+        transcriber = Observed(server.url, give_up_after=2)
+        running = asyncio.create_task(transcriber.transcribe(recording))
+        while not transcriber.said("waiting for a free one"):
+            assert not running.done()
+            await asyncio.sleep(0.1)
+        await asyncio.sleep(4)
+        occupied.set()
+        await asyncio.gather(*others)
+        return await running, transcriber
+
+    words, _ = asyncio.run(scenario())
+    assert_same(words, undisturbed)
+
+
+def test_gives_up_with_what_is_settled(server, recording, undisturbed):
+    async def scenario() -> None:
+        async with Proxy(server.port, [(300, "reset")]) as proxy:
+            transcriber = Observed(proxy.url, give_up_after=3)
+            await transcriber.open()
+            words, started = [], time.monotonic()
+            with pytest.raises(GaveUp, match="gave up after 3 s"):
+                async for word in transcriber.words(stream(AudioFile(recording).blocks())):
+                    words.append(word)
+                    proxy.refusing = True
+            assert time.monotonic() - started < 60
+            assert 10 < len(words) < len(undisturbed)
+            assert_same(words, undisturbed[: len(words)])
+
+    asyncio.run(scenario())
+
+
+def test_speech_that_the_model_does_not_answer_is_asked_again(server, recording, undisturbed):
+    """vllm#47614: blanks over speech. Here the proxy blanks the deltas of the first session."""
+
+    async def scenario() -> tuple[list[Word], Observed]:
+        transcriber = Observed(server.url, rut_after=6)
+        understand = transcriber.timeline.understand
+
+        def stuck(text: str) -> None:
+            timeline = transcriber.timeline
+            understand("" if timeline.session == 1 and timeline.understood > 10 * 16000 else text)
+
+        transcriber.timeline.understand = stuck
+        return await transcriber.transcribe(recording), transcriber
+
+    words, transcriber = asyncio.run(scenario())
+    assert transcriber.said("asking a new session")
+    assert_same(words, undisturbed)

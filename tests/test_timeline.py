@@ -1,0 +1,136 @@
+"""The bookkeeping alone, with a model that is right by definition: random words, random cuts."""
+
+import itertools
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from voxtral_client.audio import RATE, to_pcm16
+from voxtral_client.session import FRAME
+from voxtral_client.timeline import Timeline
+
+DELAY = 6 * FRAME
+UNITS = st.integers(8, 45)  # a word's length, in 20 ms
+GAPS = st.integers(4, 100)  # the silence behind it, in 20 ms
+
+
+class Model:
+    """Marks a word's end in the frame in which it ends, and spells it out in those that follow.
+
+    It knows a word only if the session's audio holds all of it: what is cut in two comes out as "?".
+    """
+
+    def __init__(self, words: list[tuple[str, int, int]], origin: int):
+        self.origin, self.frames, self.queue = origin, 0, []
+        self.words = [(text if start >= origin else "?", start, end) for text, start, end in words if end > origin]
+
+    def delta(self) -> str:
+        self.frames += 1
+        now = self.origin + self.frames * FRAME
+        while self.words and self.words[0][2] <= now:
+            text = self.words.pop(0)[0]
+            self.queue += ["", " " + text[:3]] + ([text[3:]] if text[3:] else [])
+        return self.queue.pop(0) if self.queue else ""
+
+
+def audio_of(lengths: list[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[str, int, int]]]:
+    """Noise bursts with silence between them, and (text, start, end) of each in samples."""
+    noise = np.random.default_rng(1)
+    parts, words, at = [np.zeros(RATE // 2)], [], RATE // 2
+    for i, (units, gap) in enumerate(lengths):
+        parts += [noise.normal(0, 0.1, units * 320), np.zeros(gap * 320)]
+        words.append((f"word{i}", at, at + units * 320))
+        at += (units + gap) * 320
+    return np.concatenate(parts) + noise.normal(0, 1e-4, at), words
+
+
+def transcribe(lengths, cuts) -> tuple[list, list]:
+    """Run a timeline over the audio; a session ends after each of `cuts` deltas. Returns got, wanted."""
+    samples, words = audio_of(lengths)
+    timeline, pcm, got, sent = Timeline(), to_pcm16(samples), [], 0
+    cuts = list(cuts)
+    while True:
+        origin = timeline.begin()
+        model, left = Model(words, origin), cuts.pop(0) if cuts else None
+        while left is None or left > 0:
+            needed = timeline.understood + FRAME + DELAY
+            if timeline.heard < needed and sent < len(pcm):
+                timeline.hear(pcm[sent : sent + 3200])
+                sent += 3200
+                continue
+            if sent >= len(pcm) and timeline.understood >= timeline.heard + RATE // 2 and not model.queue:
+                timeline.finish()
+                return got + timeline.take(), words
+            timeline.understand(model.delta())
+            got += timeline.take()
+            left = None if left is None else left - 1
+
+
+@settings(max_examples=80, deadline=None)
+@given(st.lists(st.tuples(UNITS, GAPS), min_size=1, max_size=25), st.lists(st.integers(1, 400), max_size=6))
+def test_nothing_is_lost_and_nothing_doubled(lengths, cuts):
+    got, wanted = transcribe(lengths, cuts)
+    assert "".join(word.text for word in got).split() == [text for text, _, _ in wanted]
+    for word, (_, start, end) in zip(got, wanted, strict=True):
+        assert abs(word.end - end / RATE) <= 0.16
+        assert abs(word.start - start / RATE) <= 0.16
+    assert all(a.end <= b.start for a, b in itertools.pairwise(got))
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.tuples(UNITS, GAPS), min_size=2, max_size=20), st.lists(st.integers(1, 400), min_size=1, max_size=4))
+def test_times_do_not_depend_on_the_cuts(lengths, cuts):
+    cut, whole = transcribe(lengths, cuts)[0], transcribe(lengths, [])[0]
+    assert [word.text for word in cut] == [word.text for word in whole]
+    for a, b in zip(cut, whole, strict=True):
+        assert abs(a.end - b.end) <= 0.16
+        assert abs(a.start - b.start) <= 0.16
+
+
+def test_talk_without_a_pause_settles_between_words():
+    """Forty words with 20 ms between them, more than a session holds: still no word is cut in two."""
+    got, wanted = transcribe([(30, 1)] * 120, [])
+    assert "".join(word.text for word in got).split() == [text for text, _, _ in wanted]
+
+
+def test_memory_stays_bounded_over_two_hours():
+    """Two hours of talk leave no more in the books than a minute of it does."""
+    samples, words = audio_of([(20, 40)] * 50)  # one minute
+    pcm, timeline = to_pcm16(samples), Timeline()
+    timeline.begin()
+    sizes = []
+    for minute in range(120):
+        model = Model([(t, s + minute * len(samples), e + minute * len(samples)) for t, s, e in words], 0)
+        model.frames = timeline.understood // FRAME
+        for at in range(0, len(pcm), 3200):
+            timeline.hear(pcm[at : at + 3200])
+            while timeline.heard - timeline.understood > DELAY + FRAME:
+                timeline.understand(model.delta())
+        timeline.take()
+        sizes.append(len(timeline._pcm) + 8 * len(timeline._levels) + 200 * len(timeline.tail))
+    assert max(sizes[-10:]) <= 1.5 * max(sizes[1:11])
+
+
+def test_text_in_scripts_without_spaces_gets_none():
+    timeline = Timeline()
+    for _ in range(2):
+        timeline.begin()
+        timeline.hear(bytes(4 * RATE))
+        for delta in ["", "", "你好", "世界", *[""] * 8]:
+            timeline.understand(delta)
+    timeline.finish()
+    assert "".join(word.text for word in timeline.take()) == "你好世界你好世界"
+
+
+def test_live_audio_beyond_the_buffer_is_dropped_and_told():
+    timeline = Timeline()
+    timeline.begin()
+    rng = np.random.default_rng(0)
+    for _ in range(100):
+        timeline.hear(to_pcm16(rng.normal(0, 0.1, RATE)))
+    lost = timeline.drop_oldest(30 * RATE)
+    assert lost == (0, 70 * RATE)
+    assert timeline.begin() == 70 * RATE
+    assert len(timeline.audio(70 * RATE, 100 * RATE)) == 2 * 30 * RATE
+    assert timeline.drop_oldest(30 * RATE) is None
