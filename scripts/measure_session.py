@@ -21,7 +21,7 @@ sys.path.insert(0, str(ROOT))
 from voxtral_client.audio import RATE, AudioFile, stream  # noqa: E402
 from voxtral_client.cli import add_server_options, run, seconds, server_from  # noqa: E402
 from voxtral_client.session import FRAME  # noqa: E402
-from voxtral_client.transcriber import ROLLOVER_SECONDS, Transcriber  # noqa: E402
+from voxtral_client.transcriber import Transcriber  # noqa: E402
 
 
 async def measure(options: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", default=ROOT / "tests" / "tiny_checkpoint" / "sample.wav", metavar="FILE")
-    parser.add_argument("--rollover-after", type=seconds, default=ROLLOVER_SECONDS, metavar="SECONDS")
+    parser.add_argument("--rollover-after", type=seconds, metavar="SECONDS", help="default: as the clients")
     add_server_options(parser)
     return run(measure(parser.parse_args(argv)))
 

@@ -76,7 +76,7 @@ def run(main: Awaitable[int]) -> int:
     """Run a script's coroutine; turn what users run into one line on stderr and an exit code."""
     try:
         return asyncio.run(main)
-    except (Refused, Lost, GaveUp, AudioError) as error:
+    except (Refused, Lost, GaveUp, AudioError, ValueError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except (KeyboardInterrupt, asyncio.CancelledError):
@@ -84,4 +84,7 @@ def run(main: Awaitable[int]) -> int:
         return 130
     except BrokenPipeError:  # `| head` has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
         return 1

@@ -18,7 +18,7 @@ import urllib.error
 import urllib.request
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 import websockets
@@ -56,6 +56,7 @@ class Server:
     url: str = DEFAULT_URL
     api_key: str | None = None
     tls: ssl.SSLContext | None = None
+    _models: list[dict] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
         """Complete the address. Raises Refused where it is no WebSocket address."""
@@ -80,12 +81,13 @@ class Server:
     async def models(self) -> list[dict]:
         """Return what the server serves, as `/v1/models` lists it (`id`, `max_model_len` in tokens).
 
-        Raises Refused (wrong key, not a vLLM server) or Lost (nobody there, not ready).
+        Asks only once. Raises Refused (wrong key, not a vLLM server) or Lost (nobody there, not ready).
         """
         parts = urlsplit(self.url)
         path = parts.path.removesuffix("/").removesuffix("/realtime") + "/models"
         url = urlunsplit((parts.scheme.replace("ws", "http", 1), parts.netloc, path, "", ""))
-        return await asyncio.to_thread(self._get_models, url)
+        self._models = self._models or await asyncio.to_thread(self._get_models, url)
+        return self._models
 
     def _get_models(self, url: str) -> list[dict]:
         request = urllib.request.Request(url, headers=self.headers)

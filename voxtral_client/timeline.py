@@ -15,7 +15,9 @@ A settled point lies in a pause: the audio around it is silent, and the model ha
 speak of everything before it. A new session that starts there hears whole words only.
 """
 
+import itertools
 import unicodedata
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -49,7 +51,9 @@ class Word:
 class Timeline:
     """See the module's docstring. Audio goes in by `hear`, deltas by `understand`."""
 
-    def __init__(self) -> None:
+    def __init__(self, numbers: Iterator[int] | None = None) -> None:
+        """`numbers`: where the numbers of sessions come from, if several timelines share them."""
+        self._numbers = numbers or itertools.count(1)
         self.settled = 0  # text before this sample is final
         self.session = 0  # number of the current session
         self.tail: list[Word] = []  # words after `settled`: a new session would replace them
@@ -113,7 +117,7 @@ class Timeline:
 
     def begin(self) -> int:
         """Start a new session: forget the tail, return the position from which to send audio."""
-        self.session += 1
+        self.session = next(self._numbers)
         self.tail.clear()
         self._origin, self._frames, self._last_text = self.settled, 0, self.settled
         return self._origin

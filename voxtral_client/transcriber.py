@@ -17,7 +17,7 @@ is sent again, and the tail of words behind it is replaced. A word is yielded on
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 
 from .audio import RATE
@@ -60,21 +60,29 @@ class Transcriber:
         live: bool = False,
         notify: Callable[[str, str], None] = lambda state, message: None,
         give_up_after: float = GIVE_UP_SECONDS,
-        rollover_after: float = ROLLOVER_SECONDS,
+        rollover_after: float | None = None,
         stall_after: float = STALL_SECONDS,
         rut_after: float = RUT_SECONDS,
         keep: float = KEEP_SECONDS,
         session_limit: float | None = None,
+        numbers: Iterator[int] | None = None,
+        impatient: bool = False,
     ):
-        """All times in seconds. `session_limit`: longest session in place of the server's own."""
-        self.timeline = Timeline()
-        self.completion_tokens = 0
+        """All times in seconds. `session_limit`: longest session in place of the server's own.
+
+        `rollover_after` (default: ROLLOVER_SECONDS, or half the limit if that is less) is the age
+        at which a session ends at the next pause; at four times that it ends without one.
+        `numbers` gives the sessions their numbers. `impatient`: raise Lost where the first session
+        of all is refused because the server is busy, in place of waiting.
+        """
+        self.timeline = Timeline(numbers)
+        self.sessions = self.completion_tokens = 0
         self.lost: list[tuple[float, float]] = []  # spans of input that were never understood
         self._server, self._model, self._live, self._notify = server, model, live, notify
         self._give_up_after, self._rollover_after = give_up_after, rollover_after
         self._stall_after, self._rut_after, self._keep = stall_after, rut_after, int(keep * RATE)
         self._patience = rut_after
-        self._session_limit = session_limit
+        self._session_limit, self._impatient = session_limit, impatient
         self._prompt = 0  # tokens of a session's prompt, as the server counts them
         self._last_delta = 0.0
         self._sent = 0  # end of the audio sent to the current session
@@ -83,7 +91,7 @@ class Transcriber:
 
     async def open(self) -> None:
         """Ask the server what it serves. Raises Refused or Lost where it cannot be used."""
-        self._notify("CONNECTING", self._server.url)
+        self._notify("CONNECTING", "")
         models = await self._server.models()
         known = {m["id"]: m for m in models}
         if not known:
@@ -98,7 +106,7 @@ class Transcriber:
     @property
     def prompt_tokens(self) -> int:
         """Tokens of all prompts so far, once a session has been counted by the server."""
-        return self._prompt * self.timeline.session
+        return self._prompt * self.sessions
 
     @property
     def lag(self) -> float:
@@ -108,7 +116,7 @@ class Transcriber:
     async def words(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[Word]:
         """Yield the words of `chunks` (PCM16 bytes, 16 kHz mono) as they settle.
 
-        Raises Refused or GaveUp; all settled words have been yielded by then, the rest stands in
+        Raises Refused or GaveUp, or Lost if impatient; all settled words have been yielded by then, the rest stands in
         `timeline.tail`. Exceptions of `chunks` come through, after the words before them.
         """
         intake = asyncio.create_task(self._hear(chunks))
@@ -127,6 +135,7 @@ class Transcriber:
         achieved, failures = clock(), 0
         while await self._audio_there():
             self._sent = timeline.begin()
+            self.sessions += 1
             trouble = None
             try:
                 async with self._server.session(self._model) as session:
@@ -148,6 +157,8 @@ class Transcriber:
             if trouble is None:
                 self._notify("CONNECTING", "")
             elif trouble.busy:  # the server is well: waiting for a slot is no failure
+                if self._impatient and self.sessions == 1:
+                    raise trouble
                 achieved = clock()
                 self._notify("WAITING", "all sessions of the server are taken: waiting for a free one")
                 await asyncio.sleep(random.uniform(1, 3))
@@ -193,7 +204,7 @@ class Transcriber:
             return True
         if self._ended and self._sent >= timeline.heard:
             return False  # a few frames more, and all is done
-        rollover = min(self._rollover_after, self._session_limit / 2)
+        rollover = self._rollover_after or min(ROLLOVER_SECONDS, self._session_limit / 2)
         if age > rollover and timeline.settled > settled_before:
             return True
         if age > 4 * rollover:  # talk without a pause, or music under it
@@ -231,7 +242,8 @@ class Transcriber:
                 self._more.set()
                 if lost := self.timeline.drop_oldest(self._keep):
                     self.lost.append((lost[0] / RATE, lost[1] / RATE))
-                    self._notify("LOST", f"{lost[0] / RATE:.1f} to {lost[1] / RATE:.1f} s")
+                    span = f"{lost[0] / RATE:.1f} to {lost[1] / RATE:.1f} s"
+                    self._notify("LOST", f"audio from {span} is lost: the server was away for too long")
         finally:
             self._ended = True
             self._more.set()
