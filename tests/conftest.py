@@ -3,6 +3,7 @@
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import time
@@ -29,6 +30,7 @@ class ServerProcess:
         self.port = int(environment.get("PORT") or free_port())
         self.log = log
         self._options = options
+        self.tls = "--ssl-certfile" in options
         self._environment = os.environ | {
             "MODEL": str(CHECKPOINT),
             "SERVED_MODEL_NAME": "tiny",
@@ -42,7 +44,7 @@ class ServerProcess:
 
     @property
     def url(self) -> str:
-        return f"ws://127.0.0.1:{self.port}/v1/realtime"
+        return f"{'wss' if self.tls else 'ws'}://127.0.0.1:{self.port}/v1/realtime"
 
     def start(self) -> "ServerProcess":
         with self.log.open("a") as log:
@@ -67,7 +69,9 @@ class ServerProcess:
 
     def healthy(self) -> bool:
         try:
-            with urllib.request.urlopen(f"http://127.0.0.1:{self.port}/health", timeout=5) as reply:
+            scheme, trusting = ("https", ssl._create_unverified_context()) if self.tls else ("http", None)
+            url = f"{scheme}://127.0.0.1:{self.port}/health"
+            with urllib.request.urlopen(url, timeout=5, context=trusting) as reply:
                 return reply.status == 200
         except OSError:
             return False

@@ -18,6 +18,7 @@ class Proxy:
         self.struck: list[str] = []
         self.sessions = 0
         self._tasks: set[asyncio.Task] = set()
+        self._ends: list[asyncio.StreamWriter] = []
 
     async def __aenter__(self) -> "Proxy":
         self._server = await asyncio.start_server(self._accept, "127.0.0.1", 0)
@@ -31,6 +32,11 @@ class Proxy:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
 
+    def cut(self) -> None:
+        """Reset all connections. May be called from any thread."""
+        loop = self._server.get_loop()
+        loop.call_soon_threadsafe(lambda: [reset(end) for end in self._ends])
+
     async def _accept(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._tasks.add(asyncio.current_task())
         upstream = None
@@ -38,6 +44,7 @@ class Proxy:
             if self.refusing:
                 raise ConnectionRefusedError
             up_reader, upstream = await asyncio.open_connection("127.0.0.1", self.target)
+            self._ends += writer, upstream
             self._connection = {"stalled": False}
             state = self._connection
             async with asyncio.TaskGroup() as tasks:
@@ -96,6 +103,6 @@ class Proxy:
 def reset(writer: asyncio.StreamWriter) -> None:
     """Close with RST, as a host that went away and came back would."""
     raw = writer.get_extra_info("socket")
-    if raw is not None:
+    if raw is not None and raw.fileno() >= 0:
         raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.transport.abort()

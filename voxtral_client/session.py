@@ -12,6 +12,7 @@ that can go wrong becomes one of two exceptions: `Refused` (trying again is usel
 
 import asyncio
 import base64
+import http.client
 import json
 import ssl
 import urllib.error
@@ -101,18 +102,23 @@ class Server:
             raise self._http_refusal(error.code) from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise Refused(f"{self.url}: certificate not trusted ({error.reason.verify_message})") from None
+                raise self._untrusted(error.reason) from None
             if isinstance(error.reason, ssl.SSLError):
                 raise Refused(f"{self.url}: the server does not speak TLS; write ws:// for wss://") from None
             raise self._absent(error.reason) from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, (ConnectionError, TimeoutError)):
-                raise self._absent(error) from None
+        except TimeoutError as error:
+            raise self._absent(error) from None
+        except ConnectionError:
+            raise Refused(f"{self.url}: the server hung up; if it speaks TLS, write wss:// for ws://") from None
+        except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
             raise self._stranger() from None
 
     def _absent(self, reason: object) -> Lost:
         why = getattr(reason, "strerror", None) or reason
         return Lost(f"{self.url}: no server answers there ({printable(why)}); start ./serve.sh", absent=True)
+
+    def _untrusted(self, error: ssl.SSLCertVerificationError) -> Refused:
+        return Refused(f"{self.url}: certificate not trusted ({error.verify_message}); give it with --cafile FILE")
 
     def _stranger(self) -> Refused:
         return Refused(f"{self.url}: not a vLLM realtime server")
@@ -142,7 +148,7 @@ class Server:
         except (websockets.InvalidHandshake, websockets.InvalidMessage):
             raise Lost(f"{self.url}: the handshake broke off") from None
         except ssl.SSLCertVerificationError as error:
-            raise Refused(f"{self.url}: certificate not trusted ({error.verify_message})") from None
+            raise self._untrusted(error) from None
         except (OSError, TimeoutError) as error:
             raise self._absent(error) from None
         try:

@@ -231,7 +231,7 @@ class Timeline:
         falls = falls[abs(falls - expected) <= 2 * FRAME // HOP]
         stop = int(falls[abs(falls - expected).argmin()]) if len(falls) else max(expected, 1)
         start = stop
-        while start > 0 and loud[max(0, start - 4) : start].any():  # less than 80 ms of silence: a plosive
+        while start > 0 and loud[max(0, start - 7) : start].any():  # less than 140 ms of silence: a plosive
             start -= 1
         while start < stop - 1 and not loud[start]:
             start += 1

@@ -1,0 +1,99 @@
+#!/usr/bin/env python3
+"""stream_microphone.py for half an hour: does its memory grow, does the text fall behind?
+
+    scripts/soak_microphone.py --url ws://localhost:8000/v1/realtime --minutes 30
+
+Speech is played into a PulseAudio of its own over and over, as in the tests (Linux; packages: see
+scripts/check). Prints a line for each minute (resident memory of the client, lag as its status line
+shows it) and a line of JSON last. Against a server with the embedded checkpoint the words are checked too.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import pty
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from pulse import Pulse, until  # noqa: E402
+
+SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
+
+
+def memory(pid: int) -> float:
+    """Resident memory of a process in MiB."""
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
+
+
+def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
+    """Run the client and return the figures."""
+    pulse.speaker()
+    pulse.plug()
+    text, lags = folder / "captions.txt", []
+    main, other = pty.openpty()
+    command = [sys.executable, ROOT / "stream_microphone.py", "--url", options.url, "--device", "mic", "--output", text]
+    environment = pulse.environment | {"COLUMNS": "100", "LINES": "24", "TERM": "xterm-256color"}
+    client = subprocess.Popen(command, env=environment, stdin=other, stdout=other, stderr=other)
+    os.close(other)
+
+    def watch() -> None:
+        with contextlib.suppress(OSError):
+            while data := os.read(main, 4096):
+                lags.extend(float(lag) for lag in re.findall(rb"lag (\d+\.\d) s", data))
+
+    threading.Thread(target=watch, daemon=True).start()
+    until(lambda: client.poll() is not None or pulse.recording(client.pid))
+    started, rounds, minutes = time.monotonic(), 0, []
+    print("minute  memory MiB  lag p50 s  lag p95 s", flush=True)
+    playing = pulse.play(options.audio_path)
+    while client.poll() is None and time.monotonic() - started < 60 * options.minutes:
+        time.sleep(0.2)
+        if playing.poll() is not None:
+            rounds, playing = rounds + 1, pulse.play(options.audio_path)
+        if time.monotonic() - started > 60 * (len(minutes) + 1):
+            cuts = statistics.quantiles(lags, n=20)
+            minutes.append((round(memory(client.pid), 1), round(cuts[9], 2), round(cuts[18], 2)))
+            lags.clear()
+            print(f"{len(minutes):6}  {minutes[-1][0]:10}  {minutes[-1][1]:9}  {minutes[-1][2]:9}", flush=True)
+    playing.wait()
+    client.send_signal(2)
+    code = client.wait(120)
+    names = ("memory_mib", "lag_p50_s", "lag_p95_s")
+    figures = {"minutes": len(minutes), "exit_code": code} | dict(zip(names, zip(*minutes, strict=True), strict=True))
+    expected = options.audio_path.with_suffix(".txt")
+    if expected.exists():
+        spoken, got = expected.read_text().split() * (rounds + 1), text.read_text().split()
+        figures |= {"words_spoken": len(spoken), "words_heard": len(got), "all_right": spoken == got}
+    return figures
+
+
+def main() -> int:
+    """Run the script; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="ws://localhost:8000/v1/realtime")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--audio_path", type=Path, default=SAMPLE, metavar="FILE")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="soak") as folder:
+        pulse = Pulse(Path(folder))
+        try:
+            figures = soak(options, Path(folder), pulse)
+        finally:
+            pulse.stop()
+    print(json.dumps(figures))
+    return figures["exit_code"]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""stream_microphone.py as a process, with what it prints or what a person sees of it."""
+
+import contextlib
+import fcntl
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+from pathlib import Path
+
+import pyte
+from pulse import Pulse, until
+
+SCRIPT = Path(__file__).parent.parent / "stream_microphone.py"
+COLUMNS, LINES = 76, 12
+
+
+class Captioner:
+    """A running stream_microphone.py. What it prints is collected; on a terminal, what a person sees there."""
+
+    def __init__(self, pulse: Pulse, *arguments: object, terminal: bool = False, **options: object):
+        command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+        environment = pulse.environment | {"TERM": "xterm-256color", "PYTHONWARNINGS": "error"}
+        options |= {"env": environment, "stdin": subprocess.DEVNULL}
+        self.stdout = self.stderr = self.terminal = None
+        if terminal:
+            self.terminal = pyte.HistoryScreen(COLUMNS, LINES, history=1000)
+            self._stream = pyte.ByteStream(self.terminal)
+            main, other = pty.openpty()
+            fcntl.ioctl(other, termios.TIOCSWINSZ, struct.pack("HHHH", LINES, COLUMNS, 0, 0))
+            self.process = subprocess.Popen(command, stdout=other, stderr=other, **options)
+            os.close(other)
+            self._follow("shown", main)
+        else:
+            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **options)
+            self._follow("stdout", os.dup(self.process.stdout.fileno()))
+            self._follow("stderr", os.dup(self.process.stderr.fileno()))
+            self.process.stdout.close()
+            self.process.stderr.close()
+
+    def _follow(self, name: str, descriptor: int) -> None:
+        def read() -> None:
+            with contextlib.suppress(OSError):
+                while data := os.read(descriptor, 4096):
+                    setattr(self, name, getattr(self, name) + data.decode(errors="replace"))
+                    if self.terminal:
+                        self._stream.feed(data)
+            os.close(descriptor)
+
+        setattr(self, name, "")
+        thread = threading.Thread(target=read, daemon=True)
+        thread.start()
+        self._threads = [*getattr(self, "_threads", []), thread]
+
+    @property
+    def words(self) -> list[str]:
+        return self.stdout.split()
+
+    def said(self, text: str) -> None:
+        """Wait until it has said `text` on stderr."""
+        until(lambda: text in self.stderr)
+
+    def heard(self, words: list[str]) -> None:
+        """Wait until it has printed so many words."""
+        until(lambda: len(self.words) >= len(words))
+
+    def seen(self) -> str:
+        """What stands on the terminal, with all that has scrolled away."""
+        above = ["".join(row[column].data for column in range(COLUMNS)) for row in self.terminal.history.top]
+        return "\n".join(line.rstrip() for line in [*above, *self.terminal.display]).rstrip()
+
+    def interrupt(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+
+    def end(self) -> int:
+        """Wait for its end; return the exit code."""
+        code = self.process.wait(120)
+        for thread in self._threads:
+            thread.join(20)
+        assert "Traceback" not in (self.stderr or "") + (self.shown if self.terminal else "")
+        return code

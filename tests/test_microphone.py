@@ -1,0 +1,360 @@
+"""stream_microphone.py as a user runs it, hearing speech that PulseAudio plays into a room without walls."""
+
+import asyncio
+import contextlib
+import json
+import re
+import resource
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from captioner import Captioner
+from conftest import ROOT, free_port, run_script
+from proxy import Proxy
+from pulse import Pulse, until
+from speech import talk, write
+
+
+@pytest.fixture(scope="module")
+def pulse():
+    with tempfile.TemporaryDirectory(prefix="pulse") as folder:
+        pulse = Pulse(Path(folder))
+        try:
+            pulse.speaker()
+            yield pulse
+        finally:
+            pulse.stop()
+
+
+@pytest.fixture(autouse=True)
+def plugged(pulse):
+    """The microphone is there when a test begins, whatever the one before did."""
+    pulse.unplug()
+    pulse.plug()
+
+
+@pytest.fixture(scope="module")
+def speech(tmp_path_factory):
+    """Two talks: (path of a WAV file, words) each."""
+    folder, talks = tmp_path_factory.mktemp("speech"), []
+    for seed in (25, 35):
+        samples, spoken = talk(5.5, seed=seed)
+        # one second more, so that the last word is settled when the talk is over
+        path = write(folder / f"{seed}.wav", np.concatenate([samples, np.zeros(16000, np.float32)]))
+        talks.append((path, [text for text, _, _ in spoken]))
+    return talks
+
+
+@contextlib.contextmanager
+def captioning(pulse: Pulse, *arguments: object, listens=None, **options: object):
+    """Run stream_microphone.py until the block ends; it listens when the block begins."""
+    captioner = Captioner(pulse, *arguments, **options)
+    try:
+        listens = listens or pulse.recording
+        until(lambda: captioner.process.poll() is not None or listens(captioner.process.pid))
+        yield captioner
+    finally:
+        captioner.process.kill()
+        captioner.end()
+
+
+@contextlib.contextmanager
+def proxy_to(server):
+    """A proxy in a thread of its own."""
+    loop, ready, over = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
+    proxies = []
+
+    async def serve() -> None:
+        async with Proxy(server.port) as proxy:
+            proxies.append(proxy)
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    ready.wait()
+    try:
+        yield proxies[0]
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
+
+
+def subtitles(path: Path) -> tuple[list[str], list[float]]:
+    """Return the words and the times of an SRT file in seconds, having checked its form."""
+    words, times = [], []
+    for number, cue in enumerate(path.read_text().strip().split("\n\n"), 1):
+        head, span, *lines = cue.split("\n")
+        assert head == str(number)
+        start, end = re.fullmatch(r"(\S{12}) --> (\S{12})", span).groups()
+        for time_ in (start, end):
+            hours, minutes, seconds = time_.replace(",", ".").split(":")
+            times.append(int(hours) * 3600 + int(minutes) * 60 + float(seconds))
+        words += " ".join(lines).split()
+    assert times == sorted(times)
+    return words, times
+
+
+def test_captions_subtitles_and_recording(server, pulse, speech, tmp_path):
+    """The monitor of a loudspeaker, by name: system audio. First Ctrl+C: the last words still arrive."""
+    path, spoken = speech[0]
+    srt, kept = tmp_path / "a.srt", tmp_path / "a.wav"
+    options = "--url", server.url, "--device", "ROOM.mon", "--output", srt, "--record", kept
+    with captioning(pulse, *options) as captioner:
+        pulse.play(path).wait()
+        captioner.heard(spoken[:-1])
+        assert subtitles(srt)[0] == captioner.words  # written live
+        assert soundfile.info(kept).duration > 7  # whole although it grows
+        captioner.interrupt()
+        assert captioner.end() == 0
+        assert captioner.stdout == " ".join(spoken) + "\n"
+        assert "the last words are coming" in captioner.stderr
+        words, times = subtitles(srt)
+        assert words == spoken
+        played, _ = soundfile.read(path)
+        recorded, rate = soundfile.read(kept)
+        assert rate == 16000
+        # The first caption stands where the first sound is.
+        sound = np.flatnonzero(np.abs(recorded) > 0.02)[0] / rate
+        assert abs(times[0] - sound) < 0.3
+        assert len(recorded) > len(played)
+
+
+def test_recording_transcribed_afterwards(server, pulse, speech, tmp_path):
+    """Killed while it records: test_file_transcribe.py still reads what was kept, down to the last moment."""
+    path, spoken = speech[1]
+    kept = tmp_path / "a.wav"
+    with captioning(pulse, "--url", server.url, "--device", "mic", "--record", kept) as captioner:
+        pulse.play(path).wait()
+        time.sleep(0.5)
+        captioner.process.kill()
+        captioner.end()
+    assert run_script("test_file_transcribe.py", kept, "--url", server.url).stdout.split() == spoken
+
+
+def test_device_unplugged_and_back(server, pulse, speech, tmp_path):
+    (path, before), (other, after) = speech
+    out, kept = tmp_path / "a.json", tmp_path / "a.flac"
+    with captioning(pulse, "--url", server.url, "--device", "mic", "--output", out, "--record", kept) as captioner:
+        pulse.play(path).wait()
+        unheard = pulse.play(other)
+        time.sleep(2)
+        pulse.unplug()
+        captioner.said("mic is gone")
+        captioner.heard(before)  # the last words arrive without the device
+        unheard.kill()
+        unheard.wait()
+        assert captioner.process.poll() is None
+        pulse.plug()
+        captioner.said("mic is back")
+        until(lambda: pulse.recording(captioner.process.pid))
+        pulse.play(other).wait()
+        captioner.interrupt()
+        assert captioner.end() == 0
+        words = captioner.words
+        assert words[: len(before)] == before
+        assert words[-len(after) :] == after
+        half_heard = words[len(before) : -len(after)]
+        assert len(half_heard) <= 4
+        assert half_heard[:-1] == after[: max(0, len(half_heard) - 1)]
+        assert captioner.stderr.count("mic is gone") == captioner.stderr.count("mic is back") == 1
+        assert [word["text"] for word in json.loads(out.read_text())["words"]] == words
+        assert soundfile.info(kept).duration > 15
+
+
+def test_suspended_device(server, pulse, speech):
+    """Audio stops coming while the stream stays active."""
+    path, spoken = speech[1]
+    with captioning(pulse, "--url", server.url, "--device", "mic") as captioner:
+        pulse.control("suspend-source", "mic", "1")
+        captioner.said("mic is gone")
+        pulse.control("suspend-source", "mic", "0")
+        captioner.said("mic is back")
+        until(lambda: pulse.recording(captioner.process.pid))
+        pulse.play(path).wait()
+        captioner.interrupt()
+        assert captioner.end() == 0
+        assert captioner.words == spoken
+
+
+def test_what_a_person_sees_after_a_resume(server, pulse, speech):
+    """On a narrow terminal: the connection breaks in mid-speech and stays away for some seconds."""
+    (path, first), (other, second) = speech
+    with (
+        proxy_to(server) as proxy,
+        captioning(pulse, "--url", proxy.url, "--device", "mic", terminal=True) as captioner,
+    ):
+        until(lambda: re.search(r"listening +━+ +-\d+ dB  0:00:\d\d  lag \d\.\d s  mic", captioner.seen()))
+        playing = pulse.play(path)
+        time.sleep(3.5)
+        proxy.refusing = True
+        proxy.cut()
+        playing.wait()
+        until(lambda: "● waiting" in captioner.seen())
+        proxy.refusing = False
+        until(lambda: "connected again" in captioner.seen())
+        pulse.play(other).wait()
+        captioner.interrupt()
+        assert captioner.end() == 0
+        lines = captioner.seen().splitlines()
+        text = [line for line in lines if line and not set(line.split()) - set(first + second)]
+        notes = " ".join(line for line in lines if line not in text)
+        assert " ".join(text).split() == first + second
+        assert all(notes.count(note) == 1 for note in ("connection lost", "connected again", "last words"))
+        assert "●" not in notes  # the status line is gone
+
+
+def test_server_killed_and_restarted(server, pulse, speech, tmp_path):
+    if server.process is None:
+        pytest.skip("the server belongs to somebody else")
+    (path, first), (other, second) = speech
+    with captioning(pulse, "--url", server.url, "--device", "mic", "--output", tmp_path / "a.txt") as captioner:
+        pulse.play(path).wait()
+        playing = pulse.play(other)
+        time.sleep(3)
+        server.kill()
+        playing.wait()
+        captioner.said("trying again")
+        server.start().wait()
+        captioner.said("connected again")
+        captioner.heard(first + second[:-1])
+        captioner.interrupt()
+        assert captioner.end() == 0
+        assert captioner.words == first + second
+        assert (tmp_path / "a.txt").read_text() == captioner.stdout
+
+
+def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
+    """What was settled is there, and the file is whole."""
+    path, spoken = speech[0]
+    with (
+        proxy_to(server) as proxy,
+        captioning(pulse, "--url", proxy.url, "--device", "mic", "--output", tmp_path / "a.vtt") as captioner,
+    ):
+        pulse.play(path).wait()
+        captioner.heard(spoken[:-1])
+        proxy.refusing = True  # the server is gone: there is something to wait for
+        proxy.cut()
+        captioner.said("trying again")
+        captioner.interrupt()
+        captioner.said("Ctrl+C again")
+        captioner.interrupt()
+        assert captioner.end() == 130
+        assert captioner.words == spoken[: len(captioner.words)]
+        cues = (tmp_path / "a.vtt").read_text().split("\n\n")
+        assert cues[0] == "WEBVTT"
+        assert " ".join(cue.split("\n", 2)[2].replace("\n", " ") for cue in cues[1:-1]) == captioner.stdout.strip()
+
+
+def test_device_of_44100_hz_stereo_only(server, pulse, speech):
+    path, spoken = speech[0]
+    pulse.jack(f"jack{free_port()}")
+    options = "--url", server.url, "--device", "PulseAudio JACK Sink", "--channels", "2"
+    with captioning(pulse, *options, listens=pulse.recording_from_jack) as captioner:
+        pulse.play(path, "jack").wait()
+        captioner.interrupt()
+        assert captioner.end() == 0
+        assert captioner.words == spoken
+
+
+def test_silence_and_duration(server, pulse):
+    """One hint with the device's name and the level; --max-duration ends it."""
+    with captioning(pulse, "--url", server.url, "--max-duration", "13") as captioner:
+        assert captioner.end() == 0
+        assert captioner.stdout == ""
+        hints = [line for line in captioner.stderr.splitlines() if "nothing heard for 10 s" in line]
+        assert len(hints) == 1
+        assert "default (level -100 dB)" in hints[0]
+        assert "--list-devices" in hints[0]
+
+
+def test_disk_full(server, pulse, speech, tmp_path):
+    """The recording cannot grow any more: said once, the captions go on."""
+    path, spoken = speech[1]
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))}
+    with captioning(pulse, "--url", server.url, "--record", tmp_path / "a.wav", **full) as captioner:
+        pulse.play(path).wait()
+        captioner.interrupt()
+        assert captioner.end() == 0
+        assert captioner.words == spoken
+        assert captioner.stderr.count("File too large") == 1
+        assert 2.9 < soundfile.info(tmp_path / "a.wav").duration < 3.2
+
+
+def fails(pulse: Pulse, code: int, *arguments: object, **environment: str) -> str:
+    """Run it; return its one line on stderr."""
+    script = [sys.executable, ROOT / "stream_microphone.py", *map(str, arguments)]
+    result = subprocess.run(
+        script,
+        env=pulse.environment | environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        stdin=subprocess.DEVNULL,
+    )
+    assert result.returncode == code, result
+    assert result.stdout == ""
+    lines = result.stderr.splitlines()
+    assert len(lines) == 1 or lines[0].startswith("usage:"), result.stderr
+    return lines[-1]
+
+
+def test_without_portaudio(pulse, tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import ctypes.util\nctypes.util.find_library = lambda name: None\n")
+    assert "apt install libportaudio2" in fails(pulse, 1, PYTHONPATH=str(tmp_path))
+    assert "apt install libportaudio2" in fails(pulse, 1, "--list-devices", PYTHONPATH=str(tmp_path))
+
+
+def test_without_input_device(pulse):
+    line = fails(pulse, 1, PULSE_SERVER="unix:/nowhere", JACK_DEFAULT_SERVER="nobody")
+    assert "no input device" in line
+
+
+def test_device_names(pulse):
+    listed = subprocess.run(
+        [sys.executable, ROOT / "stream_microphone.py", "--list-devices"],
+        env=pulse.environment,
+        capture_output=True,
+        text=True,
+    ).stdout
+    assert re.search(r"^\*  \d+ default \(ALSA\)$", listed, re.M)
+    numbers = dict(re.findall(r"(\d+) (\S+) \(PulseAudio\)", listed))
+    assert set(numbers.values()) >= {"mic", "room.monitor"}
+    line = fails(pulse, 1, "--device", "m")
+    assert "mic (" in line
+    assert " and " in line
+    assert "room.monitor (" in line
+    for unknown in ("bathroom", "99"):
+        assert "--list-devices" in fails(pulse, 1, "--device", unknown)
+    number = next(number for number, name in numbers.items() if name == "mic")
+    nobody = f"ws://127.0.0.1:{free_port()}"
+    assert "./serve.sh" in fails(pulse, 1, "--device", number, "--url", nobody)
+    assert "--list-devices" not in fails(pulse, 1, "--device", "mic", "--url", nobody)
+
+
+def test_channels_that_the_device_has_not(server, pulse):
+    assert "with 99 channels" in fails(pulse, 1, "--url", server.url, "--device", "mic", "--channels", "99")
+
+
+def test_files(server, pulse, tmp_path):
+    """A recording never replaces another; a path that cannot be written is named."""
+    (tmp_path / "a.wav").write_bytes(b"precious")
+    assert "exists already" in fails(pulse, 1, "--url", server.url, "--record", tmp_path / "a.wav")
+    assert (tmp_path / "a.wav").read_bytes() == b"precious"
+    for option in ("--record", "--output"):
+        name = tmp_path / "none" / ("a.wav" if option == "--record" else "a.srt")
+        assert str(name) in fails(pulse, 1, "--url", server.url, option, name)
+        assert "cannot tell the format" in fails(pulse, 2, "--url", server.url, option, tmp_path / "a.xyz")
+
+
+@pytest.mark.parametrize("option", [("--channels", "0"), ("--max-duration", "0"), ("--no-such-option",)])
+def test_usage(pulse, option):
+    assert "error:" in fails(pulse, 2, *option)

@@ -1,0 +1,153 @@
+"""serve.sh, setup.sh and demo.sh as a user runs them; a server in INT4 with a key and TLS."""
+
+import os
+import re
+import shutil
+import socket
+import subprocess
+
+import pytest
+from conftest import CHECKPOINT, ROOT, ServerProcess, run_script
+
+TEXT = (CHECKPOINT / "sample.txt").read_text().strip()
+
+
+def serve(*arguments, path: str | None = None, **environment) -> subprocess.CompletedProcess:
+    """Run serve.sh where it should refuse before vLLM's long start."""
+    settings = os.environ | {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | environment
+    if path:
+        settings["PATH"] = path
+    return subprocess.run(
+        ["./serve.sh", *arguments], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=100
+    )
+
+
+def refused(result: subprocess.CompletedProcess, *words: str) -> None:
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert len(result.stderr.strip().splitlines()) == 1, result.stderr
+    for word in words:
+        assert word in result.stderr
+
+
+@pytest.mark.parametrize("how", ["variable", "option", "option="])
+def test_port_taken(how):
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = str(other.getsockname()[1])
+        match how:
+            case "variable":
+                result = serve(PORT=port)
+            case "option":
+                result = serve("--port", port)
+            case _:
+                result = serve(f"--port={port}")
+        refused(result, port, "another program has this port")
+
+
+@pytest.mark.parametrize("file", ["params.json", "tekken.json", "consolidated.safetensors"])
+def test_model_folder_without_one_of_its_files(tmp_path, file):
+    shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns(file))
+    refused(serve(MODEL=str(tmp_path / "model")), file, "missing")
+
+
+def test_model_folder_that_is_not_there(tmp_path):
+    refused(serve(MODEL=str(tmp_path / "nothing")), "no such folder")
+
+
+def test_not_installed(tmp_path):
+    """A clone without .venv, and no vllm on the PATH."""
+    shutil.copy(ROOT / "serve.sh", tmp_path)
+    result = subprocess.run(
+        [tmp_path / "serve.sh"], env={"PATH": "/usr/bin:/bin"}, capture_output=True, text=True, timeout=60
+    )
+    refused(result, "./setup.sh")
+
+
+def test_gpu_memory_held_by_others(tmp_path):
+    """Here nvidia-smi is a script that prints what it does where another program holds most of the memory."""
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 4000, 12288\n")
+    fake.chmod(0o755)
+    refused(serve(path=f"{tmp_path}:{os.environ['PATH']}"), "4000 of 12288 MiB", "11059", "GPU_MEMORY_UTILIZATION=0.32")
+
+
+@pytest.mark.parametrize("script", ["serve.sh", "setup.sh", "demo.sh"])
+def test_help(script):
+    result = subprocess.run([f"./{script}", "-h"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0
+    assert len(result.stdout.splitlines()) >= 2
+    assert "set -euo" not in result.stdout
+
+
+def test_every_variable_of_serve_is_explained():
+    text = (ROOT / "serve.sh").read_text()
+    used = set(re.findall(r"\$\{([A-Z_]+):-", text))
+    explained = set(re.findall(r"^#   ([A-Z_]+)", text, re.M))
+    assert used == explained
+
+
+def test_setup_again_does_nothing_and_is_quick():
+    result = subprocess.run(["./setup.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0
+    assert result.stdout.startswith("already installed; next: ./")
+
+
+def test_setup_refuses_what_cannot_work(tmp_path):
+    fake = tmp_path / "nvidia-smi"
+    fake.write_text("#!/bin/sh\necho 550.54.14\n")
+    fake.chmod(0o755)
+    settings = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    result = subprocess.run(["./setup.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
+    refused(result, "550.54.14", "580")
+    result = subprocess.run(["./setup.sh", "--nonsense"], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 2
+
+
+def test_demo():
+    """The command that the README gives first: the sample's text, exactly, in INT4."""
+    result = subprocess.run(["./demo.sh"], cwd=ROOT, capture_output=True, text=True, timeout=600)
+    assert result.returncode == 0, result.stderr
+    assert TEXT in result.stderr.splitlines()
+    assert "× real time" in result.stderr
+
+
+@pytest.fixture(scope="module")
+def locked(tmp_path_factory):
+    """A server in INT4, with a key and a certificate of its own."""
+    folder = tmp_path_factory.mktemp("locked")
+    key, certificate = folder / "key.pem", folder / "certificate.pem"
+    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
+    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *name]
+    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    tls = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)]
+    process = ServerProcess(folder / "log", *tls, VLLM_API_KEY="sesame", QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="2")
+    process.certificate = certificate
+    yield process.start().wait()
+    process.kill()
+
+
+def transcribe(server, *arguments, **environment) -> subprocess.CompletedProcess:
+    settings = {k: v for k, v in os.environ.items() if k != "VLLM_API_KEY"} | environment
+    arguments = (CHECKPOINT / "sample.wav", "--url", server.url, *arguments)
+    return run_script("test_file_transcribe.py", *arguments, env=settings)
+
+
+def test_int4_with_key_and_certificate(locked):
+    for given in (["--api-key", "sesame"], []):
+        result = transcribe(locked, "--cafile", locked.certificate, *given, VLLM_API_KEY="" if given else "sesame")
+        assert (result.returncode, result.stdout) == (0, TEXT + "\n"), result.stderr
+    assert transcribe(locked, "--insecure", "--api-key", "sesame").stdout == TEXT + "\n"
+    assert "sesame" not in locked.log.read_text()
+
+
+def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):
+    refused(transcribe(locked, "--cafile", locked.certificate), "API key")
+    refused(transcribe(locked, "--cafile", locked.certificate, "--api-key", "wrong"), "API key")
+    refused(transcribe(locked, "--api-key", "sesame"), "certificate not trusted", "--cafile")
+    refused(transcribe(locked, "--cafile", "/no/such/file"), "--cafile")
+    plain = run_script("test_file_transcribe.py", CHECKPOINT / "sample.wav", "--url", locked.url.replace("wss", "ws"))
+    refused(plain, "wss://")
+    secure = run_script("test_file_transcribe.py", CHECKPOINT / "sample.wav", "--url", server.url.replace("ws", "wss"))
+    refused(secure, "write ws://")
