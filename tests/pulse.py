@@ -54,8 +54,9 @@ class Pulse:
         )
 
     def unplug(self) -> None:
-        """Unplug the microphone."""
-        self.control("unload-module", "module-remap-source", check=False)
+        """Unplug the microphone, if there is one."""
+        if "module-remap-source" in self.control("list", "short", "modules"):
+            self.control("unload-module", "module-remap-source")
 
     def jack(self, name: str) -> None:
         """Start JACK at 44.1 kHz, with a loudspeaker `jack` whose signal is an input device of two channels.

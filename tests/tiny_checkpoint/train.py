@@ -1,0 +1,259 @@
+"""Train the tiny checkpoint and write it in the layout of Voxtral Mini 4B Realtime 2602.
+
+    python train.py CLIPS OUT --seconds 500
+
+CLIPS is a folder that make_data.py filled. Training lasts --seconds, whatever the device; the learning rate falls
+with the time that is left. OUT then holds params.json, tekken.json and consolidated.safetensors. Needs torch, numpy,
+scipy and safetensors, and mistral_common for nothing: the tokenizer is written here.
+"""
+
+import argparse
+import base64
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from model import DELAY, PROMPT, Model, Tensor
+from safetensors.torch import load_file, save_file
+from streams import Batch, Streams
+from words import BOS, PAD, PIECE_TOKEN, PIECES, SPECIAL_TOKENS, VOCABULARY
+
+MEL = {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400}
+PARAMS = {
+    "dim": 128, "n_layers": 2, "head_dim": 32, "hidden_dim": 384, "n_heads": 4, "n_kv_heads": 2, "use_biases": False,
+    "causal": True, "rope_theta": 1e6, "norm_eps": 1e-5, "vocab_size": VOCABULARY, "model_parallel": 1,
+    "tied_embeddings": True, "sliding_window": 64, "model_max_length": 131072,
+    "max_position_embeddings": 131072,  # as vLLM names it: without it vLLM looks for a config.json, for 28 s
+    "multimodal": {"whisper_model_args": {
+        "encoder_args": {
+            "audio_encoding_args": MEL | {"frame_rate": 12.5, "chunk_length_s": None, "global_log_mel_max": 1.5,
+                                          "transcription_format": "streaming"},
+            "dim": 192, "n_layers": 4, "head_dim": 32, "hidden_dim": 512, "n_heads": 6, "n_kv_heads": 6,
+            "vocab_size": VOCABULARY, "use_biases": True, "use_cache": False, "rope_theta": 1e6, "causal": True,
+            "norm_eps": 1e-5, "pos_embed": "rope", "max_source_positions": None, "ffn_type": "swiglu",
+            "norm_type": "rms_norm", "sliding_window": 128,
+        },
+        "downsample_args": {"downsample_factor": 4},
+    }},
+    "ada_rms_norm_t_cond": True, "ada_rms_norm_t_cond_dim": 32,
+}  # fmt: skip
+
+
+def tekken() -> dict:
+    """The tokenizer: 1000 special tokens, the 256 bytes, and the pieces of the words."""
+    names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
+             "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
+             "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]  # fmt: skip
+    names += [f"<SPECIAL_{i}>" for i in range(len(names), SPECIAL_TOKENS)]
+    for i, name in ((24, "[AUDIO]"), (25, "[BEGIN_AUDIO]"), (PAD, "[STREAMING_PAD]"), (33, "[STREAMING_WORD]"),
+                    (34, "[TRANSCRIBE]")):  # fmt: skip
+        names[i] = name
+    texts = [bytes([i]) for i in range(256)] + [piece.encode() for piece in PIECES]
+    return {
+        "config": {"pattern": r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+", "num_vocab_tokens": len(texts),
+                   "default_vocab_size": VOCABULARY, "default_num_special_tokens": SPECIAL_TOKENS, "version": "v7"},
+        "vocab": [{"rank": i, "token_bytes": base64.b64encode(text).decode(),
+                   "token_str": text.decode(errors="replace")} for i, text in enumerate(texts)],
+        "special_tokens": [{"rank": i, "token_str": name, "is_control": True} for i, name in enumerate(names)],
+        "audio": {"sampling_rate": 16000, "frame_rate": 12.5, "chunk_length_s": None,
+                  "audio_encoding_config": {k: MEL[k] for k in ("num_mel_bins", "hop_length", "window_size")},
+                  "transcription_format": "streaming", "transcription_delay_ms": 80 * DELAY,
+                  "streaming_look_ahead_ms": 2.5, "streaming_look_back_ms": 52.5, "streaming_n_left_pad_tokens": 32},
+    }  # fmt: skip
+
+
+def export(model: Model, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "params.json").write_text(json.dumps(PARAMS, indent=1) + "\n")
+    (folder / "tekken.json").write_text(json.dumps(tekken()) + "\n")
+    tensors = {name: tensor.detach().bfloat16().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    save_file(tensors, folder / "consolidated.safetensors")
+
+
+class Muon(torch.optim.Optimizer):
+    """Momentum whose update is orthogonalized, for the matrices of the layers; equal shapes go together."""
+
+    def __init__(self, parameters: list, lr: float = 0.02, momentum: float = 0.95, decay: float = 0.01) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
+
+    @torch.no_grad()
+    def step(self) -> None:
+        for group in self.param_groups:
+            shapes: dict = {}
+            for parameter in group["params"]:
+                shapes.setdefault(parameter.shape, []).append(parameter)
+            for shape, parameters in shapes.items():
+                gradient = torch.stack([p.grad for p in parameters])
+                state = self.state[parameters[0]]
+                mean = state.setdefault("mean", torch.zeros_like(gradient))
+                mean.lerp_(gradient, 1 - group["momentum"])
+                update = orthogonal(gradient.lerp(mean, group["momentum"])) * max(1, shape[0] / shape[1]) ** 0.5
+                for parameter, change in zip(parameters, update, strict=True):
+                    parameter.mul_(1 - group["lr"] * group["decay"]).sub_(change, alpha=group["lr"])
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Newton-Schulz: nearly the closest orthogonal matrix."""
+    tall = x.shape[1] > x.shape[2]
+    x = x.mT if tall else x
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(5):
+        a = x @ x.mT
+        x = 3.4445 * x + (-4.775 * a + 2.0315 * a @ a) @ x
+    return x.mT if tall else x
+
+
+def initialize(model: Model) -> None:
+    for name, parameter in model.named_parameters():
+        if name.endswith("norm.weight"):
+            continue
+        if parameter.dim() == 1 or ".wo." in name or ".w2." in name or "t_cond.2" in name:
+            torch.nn.init.zeros_(parameter)  # a layer begins as the identity
+        elif "tok_embeddings" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+        else:
+            torch.nn.init.normal_(parameter, std=parameter[0].numel() ** -0.5)
+
+
+def optimizers(model: Model) -> list[torch.optim.Optimizer]:
+    matrices = [p for n, p in model.named_parameters() if p.dim() == 2 and ("attention.w" in n or "forward.w" in n)]
+    chosen = {id(p) for p in matrices}
+    others = [p for p in model.parameters() if id(p) not in chosen]
+    return [Muon(matrices, lr=0.02), torch.optim.AdamW(others, lr=2e-3, betas=(0.9, 0.98), weight_decay=0.01)]
+
+
+def loss_of(model: torch.nn.Module, batch: Batch, known: Tensor, pad_weight: float, offset: Tensor) -> Tensor:
+    """Cross entropy of every frame's token. The tokens fed back are at times wrong, as they will be in use."""
+    targets = batch.targets
+    fed = F.pad(targets, (PROMPT, -1), value=PAD)
+    fed[:, 0] = BOS
+    wrong = torch.rand(fed.shape, device=fed.device)
+    fed = torch.where((wrong < 0.03) & (fed != BOS), PAD, fed)
+    fed = torch.where(
+        (wrong > 0.995) & (fed != BOS), known[torch.randint(len(known), fed.shape, device=fed.device)], fed
+    )
+    logits = model(batch.first, batch.later, fed, offset)
+    losses = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="none").view_as(targets)
+    weights = batch.weights * torch.where(targets == PAD, pad_weight, 1.0)
+    return (losses * weights).sum() / weights.sum()
+
+
+def distance(said: list[str], heard: list[str]) -> int:
+    """Words to insert, delete or replace."""
+    row = list(range(len(heard) + 1))
+    for i, a in enumerate(said, 1):
+        last, row[0] = row[0], i
+        for j, b in enumerate(heard, 1):
+            last, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, last + (a != b))
+    return row[-1]
+
+
+def read(tokens: list[int]) -> tuple[list[str], list[float]]:
+    """The words of a stream's tokens, and for each the moment to which its first piece belongs."""
+    text = {token: piece for piece, token in PIECE_TOKEN.items()}
+    words, times = [], []
+    for i, token in enumerate(tokens):
+        piece = text.get(token, "")
+        if piece.startswith(" ") or (piece and not words):
+            words.append(piece.strip())
+            times.append(0.08 * (i + 1))
+        elif piece:
+            words[-1] += piece
+    return words, times
+
+
+@torch.no_grad()
+def evaluate(model: Model, batch: Batch, plain: Tensor, quantized: bool = False) -> str:
+    """Word error rate on streams of voices held out, decoded as the server does."""
+    model.quantize(quantized)
+    cuda = batch.audio.is_cuda
+    with torch.autocast(batch.audio.device.type, torch.bfloat16, enabled=cuda):
+        tokens = model.transcribe(F.pad(batch.audio, (0, 17 * 1280)), plain, torch.bfloat16 if cuda else torch.float32)
+    model.quantize(False)
+    errors = words = 0
+    late = []
+    for said, ends, line in zip(batch.texts, batch.ends, tokens.tolist(), strict=True):
+        heard, times = read(line)
+        errors, words = errors + distance(said, heard), words + len(said)
+        if said == heard:
+            late += [t - e for t, e in zip(times, ends, strict=True)]
+    lag = torch.tensor(late or [0.0]).quantile(torch.tensor([0.025, 0.5, 0.975])).tolist()
+    return f"{100 * errors / words:.2f} % of {words}, lag {lag[0]:.2f} {lag[1]:.2f} {lag[2]:.2f}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("clips", type=Path)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--seconds", type=float, default=500)
+    parser.add_argument("--streams", type=int, default=64, help="in a batch")
+    parser.add_argument("--frames", type=int, default=450, help="of 80 ms in a stream: beyond what the windows reach")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--init", type=Path, help="go on from this checkpoint's folder")
+    parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
+    parser.add_argument("--pad-weight", type=float, default=1.0, help="of a blank frame, in the second half")
+    parser.add_argument("--average", action="store_true", help="keep the mean of the last half's weights")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    torch.backends.cuda.matmul.allow_tf32 = False
+    streams = Streams(options.clips, options.device, seed=1)
+    print(f"{len(streams.length)} clips, {streams.samples.numel() / 16000:.0f} s, {len(streams.voice_names)} voices")
+    tests = Streams(options.clips, options.device, held_out=True, seed=2).batch(24, 375, plain=True)
+    seen = streams.batch(24, 375, plain=True)
+    model = Model(PARAMS).to(options.device)
+    initialize(model)
+    if options.init:
+        model.load_state_dict(load_file(options.init / "consolidated.safetensors"))
+    print(f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M parameters", flush=True)
+    chosen = optimizers(model)
+    rates = [options.rate * optimizer.param_groups[0]["lr"] for optimizer in chosen]
+    run = torch.compile(model, dynamic=False) if options.compile else model
+    begin = shown = saved = time.time()
+    step, average, kept, mean = 0, 0.0, 0, {}
+    while (done := (time.time() - begin) / options.seconds) < 1:
+        factor = min(1, (step + 1) / 100) * (min(1, (1 - done) / 0.55) * 0.99 + 0.01)
+        for optimizer, rate in zip(chosen, rates, strict=True):
+            optimizer.param_groups[0]["lr"] = rate * factor
+        batch = streams.batch(options.streams, options.frames)
+        late = done > 0.65 or options.init is not None
+        model.quantize(late and step % 2 == 0)  # every other step on the weights that NF4 leaves
+        # Every other time as if later in a session: rotary angles are exact only near zero.
+        offset = (10 ** (4.7 * torch.rand((), device=options.device)) * (step % 2)).long()
+        with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
+            loss = loss_of(run, batch, streams.known, 0.3 if done < 0.5 else options.pad_weight, offset)
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in chosen:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        if options.average and done > 0.5:
+            kept += 1
+            for name, tensor in model.state_dict().items():
+                mean.setdefault(name, torch.zeros_like(tensor)).lerp_(tensor, 1 / kept)
+        if step % 20 == 0:
+            average = loss.item() if average == 0 else 0.7 * average + 0.3 * loss.item()
+            if not math.isfinite(average):
+                raise SystemExit("the loss is not finite")
+            if time.time() - shown > 10:
+                shown = time.time()
+                print(f"{shown - begin:.0f} s, step {step}, loss {average:.4f}", flush=True)
+            if time.time() - saved > max(30, options.seconds / 8):
+                saved = time.time()
+                print(f"  held out {evaluate(model, tests, streams.plain)}", flush=True)
+                export(model, options.out)
+    if mean:
+        model.load_state_dict(mean)
+    export(model, options.out)
+    print(f"{step} steps")
+    for quantized in (False, True):
+        for name, batch in (("held out", tests), ("seen", seen)):
+            print(f"{'nf4' if quantized else 'bf16'}, {name}: {evaluate(model, batch, streams.plain, quantized)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,273 @@
+"""Input devices, and the microphone as a stream that outlives being unplugged. Needs PortAudio.
+
+What unplugging looks like depends on the system: the stream finishes without an error, or its
+blocks just stop coming while it stays active. Both are watched for. Streams are aborted, never
+stopped: stopping waits for a device that may not be there.
+"""
+
+import asyncio
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .audio import CHUNK_SECONDS, RATE, AudioError, Resampler
+
+IDLE_SECONDS = 2.0  # no block for so long: the device is gone
+RETRY_SECONDS = 1.0
+BACKLOG = 300  # blocks that wait while this process is busy: 30 s
+GAP_SECONDS = 3.0  # silence heard in place of a gap: ends the last word, even for a model with 2.4 s delay
+SILENT_SECONDS = 10.0
+SILENT_DB = -60.0  # a quiet room through a working microphone is louder
+
+try:
+    import sounddevice
+except OSError:
+    sounddevice = None
+except Exception as error:  # PortAudio is there and does not start; its exception cannot be named
+    sounddevice = error
+
+
+@dataclass(frozen=True)
+class Device:
+    """An input device. `index`: PortAudio's number of it; `source`: what PulseAudio calls it."""
+
+    number: int
+    name: str
+    host: str
+    channels: int
+    rate: int
+    index: int
+    source: str = ""
+
+
+def silence_libraries() -> None:
+    """Send to nowhere what ALSA, JACK and PortAudio print on stderr; Python's `sys.stderr` stays."""
+    if sys.platform != "linux":
+        return
+    sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+
+
+def devices(rescan: bool = False) -> list[Device]:
+    """Return the input devices, on Linux with the sources of PulseAudio or PipeWire, which PortAudio hides.
+
+    `rescan` finds what was plugged in since; no stream may be open. Raises AudioError without PortAudio.
+    """
+    if sounddevice is None:
+        raise AudioError("PortAudio is missing; apt install libportaudio2 (Fedora: dnf install portaudio)")
+    if isinstance(sounddevice, Exception):
+        raise AudioError(f"PortAudio does not start: {sounddevice}")
+    if rescan:  # it looks for devices only when it starts
+        with contextlib.suppress(sounddevice.PortAudioError):
+            while sounddevice._initialized:
+                sounddevice._terminate()
+            sounddevice._initialize()
+    if not sounddevice._initialized:
+        return []
+    hosts, found = sounddevice.query_hostapis(), []
+    for entry in sounddevice.query_devices():
+        host = hosts[entry["hostapi"]]
+        at_home = sys.platform != "win32" or entry["hostapi"] == sounddevice.default.hostapi  # else four of each
+        if entry["max_input_channels"] and at_home:
+            shape = entry["max_input_channels"], round(entry["default_samplerate"]), entry["index"]
+            found.append(Device(entry["index"], entry["name"], host["name"], *shape))
+    for door in [device for device in found if device.name == "pulse" and device.host == "ALSA"]:
+        for name in _pulse_sources():
+            number = max(device.number for device in found) + 1
+            found.append(Device(number, name, "PulseAudio", door.channels, door.rate, door.index, name))
+    return found
+
+
+def _pulse_sources() -> list[str]:
+    if not shutil.which("pactl"):
+        return []
+    command = ["pactl", "list", "short", "sources"]
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        lines = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.splitlines()
+        return [line.split("\t")[1] for line in lines if line.count("\t")]
+    return []
+
+
+def choose(wanted: str | None, found: list[Device]) -> Device:
+    """Return the device with this number or part of a name; the system's default for None.
+
+    Raises AudioError with one line that names the mend.
+    """
+    if not found:
+        raise AudioError("no input device; plug one in or allow this program to use it in the system's settings")
+    if wanted is None:
+        return next((device for device in found if device.index == sounddevice.default.device[0]), found[0])
+    if wanted.isdigit():
+        matches = [device for device in found if device.number == int(wanted)]
+    else:
+        matches = [device for device in found if wanted.lower() in device.name.lower()]
+        matches = [device for device in matches if device.name.lower() == wanted.lower()] or matches
+    if not matches:
+        raise AudioError(f"--device {wanted}: no such input device; --list-devices shows them")
+    if len(matches) > 1:
+        names = " and ".join(f"{device.name} ({device.number})" for device in matches)
+        raise AudioError(f"--device {wanted}: fits {names}; write more of the name, or the number")
+    return matches[0]
+
+
+class Microphone:
+    """Audio of one input device. Raises AudioError where there is no such device.
+
+    `level`: of the last block in dB below full scale. `dropped`: blocks lost because this process
+    was busy. `connected`: is the device there? `say` is told what the user should know.
+    """
+
+    def __init__(self, wanted: str | None, channels: int | None, say: Callable[[str], None]):
+        """`wanted`: see `choose`. `channels`: how many to record and mix down (default: one, if it can)."""
+        self.device = choose(wanted, devices())
+        self.level, self.dropped, self.connected = -100.0, 0, False
+        self._named, self._channels, self._say = wanted is not None, channels, say
+        self._silence, self._said_dropped, self._look_again = 0.0, 0, 0.0
+
+    async def chunks(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
+        """Yield 16 kHz mono PCM16 in pieces of about 0.1 s until `stop` is set.
+
+        While the device is away nothing comes, after GAP_SECONDS of silence. Raises AudioError if
+        it cannot be opened at first.
+        """
+        capture = _Capture(self.device, self._channels)
+        try:
+            while not stop.is_set():
+                self.connected = True
+                if pcm := await capture.read():
+                    self._watch(pcm)
+                    yield pcm
+                if capture.gone or await self._moved():
+                    yield capture.close()
+                    self.connected, self.level = False, -100.0
+                    self._say(f"{self.device.name} is gone: waiting until it is back (the session stays open)")
+                    yield bytes(2 * round(GAP_SECONDS * RATE))
+                    capture = await self._reopen(stop) or capture
+                self._count(capture)
+        finally:
+            capture.close()
+
+    async def _moved(self) -> bool:
+        """Did PulseAudio move the stream because its source went away? It does so silently, to any other one."""
+        if not self.device.source or time.monotonic() < self._look_again:
+            return False
+        self._look_again = time.monotonic() + IDLE_SECONDS
+        return self.device.source not in await asyncio.to_thread(_pulse_sources)
+
+    async def _reopen(self, stop: asyncio.Event) -> "_Capture | None":
+        """Wait until the device can be opened again, or the default one if none was named; None if stopped."""
+        while not stop.is_set():
+            with contextlib.suppress(AudioError):
+                found, old = devices(rescan=True), self.device
+                if self._named:  # by its name: numbers change when devices come and go
+                    found = [device for device in found if (device.name, device.host) == (old.name, old.host)]
+                self.device = choose(None, found)
+                capture = _Capture(self.device, self._channels)
+                self._say(f"{self.device.name} is back")
+                return capture
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
+        return None
+
+    def _watch(self, pcm: bytes) -> None:
+        """Take the level; give a hint once for each long silence."""
+        samples = np.frombuffer(pcm, "<i2") / 32768
+        self.level = max(-100.0, 10 * float(np.log10(np.square(samples).mean() + 1e-12)))
+        before = self._silence
+        self._silence = before + len(samples) / RATE if self.level < SILENT_DB else 0.0
+        if before < SILENT_SECONDS <= self._silence:
+            self._say(
+                f"nothing heard for {SILENT_SECONDS:.0f} s from {self.device.name} (level {self.level:.0f} dB): "
+                "is it muted, is it the right one? --list-devices shows the others"
+            )
+
+    def _count(self, capture: "_Capture") -> None:
+        """Count what was dropped; say so at the first, tenth, hundredth, ... block."""
+        self.dropped, capture.dropped = self.dropped + capture.dropped, 0
+        if self.dropped >= max(1, 10 * self._said_dropped):
+            self._said_dropped = self.dropped
+            self._say(f"{self.dropped} blocks of audio lost so far: this machine is too busy")
+
+
+class _Capture:
+    """One open stream: blocks from PortAudio's thread wait in a bounded queue. Raises AudioError."""
+
+    def __init__(self, device: Device, channels: int | None):
+        self._over, self.dropped, self._open = False, 0, True
+        self._blocks: deque[np.ndarray] = deque()
+        self._more, self._loop = asyncio.Event(), asyncio.get_running_loop()
+        if device.source:
+            os.environ["PULSE_SOURCE"] = device.source
+        wishes = [(rate, n) for rate in (RATE, device.rate) for n in ([channels] if channels else [1, device.channels])]
+        for rate, count in wishes:
+            try:
+                self._stream = self._start(device, rate, count)
+                break
+            except sounddevice.PortAudioError as error:
+                reason = error.args[0].partition(": ")[2] or error.args[0]
+        else:
+            wish = f" with {channels} channels" if channels else ""
+            raise AudioError(f"{device.name}: cannot be opened{wish} ({reason})")
+        self._convert = Resampler(rate)
+
+    def _start(self, device: Device, rate: int, channels: int) -> "sounddevice.InputStream":
+        stream = sounddevice.InputStream(
+            samplerate=rate,
+            blocksize=round(rate * CHUNK_SECONDS),
+            device=device.index,
+            channels=channels,
+            dtype="float32",
+            callback=self._called,
+            finished_callback=self._finished,
+        )
+        try:
+            stream.start()
+        except sounddevice.PortAudioError:
+            stream.close()
+            raise
+        return stream
+
+    @property
+    def gone(self) -> bool:
+        """Has the device gone, and has all been read that it gave?"""
+        return self._over and not self._blocks
+
+    def _called(self, block: np.ndarray, frames: int, when: object, status: object) -> None:
+        """Called by PortAudio in a thread of its own."""
+        self.dropped += bool(status.input_overflow)
+        if len(self._blocks) < BACKLOG:
+            self._blocks.append(block.copy())
+        else:
+            self.dropped += 1
+        self._loop.call_soon_threadsafe(self._more.set)
+
+    def _finished(self) -> None:
+        self._over = True
+        self._loop.call_soon_threadsafe(self._more.set)
+
+    async def read(self) -> bytes:
+        """Return the next piece; b"" where there is none: `gone` then tells whether to go on."""
+        if not self._blocks and not self._over:
+            self._more.clear()
+            try:
+                await asyncio.wait_for(self._more.wait(), IDLE_SECONDS)
+            except TimeoutError:
+                self._over = True
+        return self._convert(self._blocks.popleft()) if self._blocks else b""
+
+    def close(self) -> bytes:
+        """Let go of the device, once; return what the resampler held back."""
+        if not self._open:
+            return b""
+        self._open = False
+        self._stream.abort()
+        self._stream.close()
+        return self._convert(np.zeros((0, 1), np.float32), last=True)
