@@ -22,7 +22,8 @@ until $python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/
 done
 
 echo "transcribing $sample.wav:" >&2
-text=$($python test_file_transcribe.py --audio_path $sample.wav --url "ws://127.0.0.1:$port/v1/realtime" | tee /dev/stderr)
+text=$($python test_file_transcribe.py --audio_path $sample.wav --url "ws://127.0.0.1:$port/v1/realtime")
+echo "$text"
 if [ "$text" = "$(cat $sample.txt)" ]; then
   echo "that is what was said. Next: README.md, \"On your GPU\"" >&2
 else

@@ -229,7 +229,7 @@ def test_server_killed_and_restarted(server, pulse, speech, tmp_path):
         captioner.interrupt()
         assert captioner.end() == 0
         assert captioner.words == first + second
-        assert (tmp_path / "a.txt").read_text() == captioner.stdout
+        assert (tmp_path / "a.txt").read_text().split() == first + second
 
 
 def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
