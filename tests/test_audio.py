@@ -67,16 +67,16 @@ def test_files_that_are_no_audio(tmp_path, content, message):
         AudioFile(path)
 
 
-def test_ten_hours_need_no_more_memory_than_a_minute(tmp_path):
-    """Ten hours of (sparse) WAV, read to the end in a process of its own: peak memory as for a short file."""
+def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path):
+    """An hour of (sparse) WAV, read to the end in a process of its own: peak memory as for a short file."""
     script = (
-        "import sys, resource; sys.path.insert(0, sys.argv[1])\n"
+        "import re, sys; sys.path.insert(0, sys.argv[1])\n"
         "from voxtral_client.audio import AudioFile\n"
         "n = sum(len(b) for b in AudioFile(sys.argv[2]).blocks())\n"
-        "print(n, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
+        "print(n, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )
     peaks = []
-    for name, seconds in (("short.wav", 60), ("long.wav", 36000)):
+    for name, seconds in (("short.wav", 60), ("long.wav", 3600)):
         path = tmp_path / name
         soundfile.write(path, np.zeros(8000, np.int16), 16000)
         header = bytearray(path.read_bytes()[:44])
