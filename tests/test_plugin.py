@@ -225,6 +225,12 @@ def error(actual: torch.Tensor, right: torch.Tensor) -> float:
     return ((actual.float() - right).norm() / right.norm()).item()
 
 
+def equal(actual: torch.Tensor, right: torch.Tensor) -> bool:
+    """The same values; vLLM fills the embeddings up with rows of zeros to a multiple of 64 tokens."""
+    rows = len(right)
+    return torch.equal(actual[:rows], right) and not actual[rows:].any()
+
+
 def quantized(weights: dict[str, torch.Tensor]) -> set[str]:
     return {name for name, weight in weights.items() if weight.dtype == torch.float32}
 
@@ -265,7 +271,7 @@ def test_everything_else_is_bf16_and_equal(loaded, expected):
     weights = safetensors.load_file(loaded / "int4.safetensors")
     for name in set(weights) - quantized(weights):
         assert weights[name].dtype == torch.bfloat16, name
-        assert torch.equal(weights[name], expected[name]), name
+        assert equal(weights[name], expected[name]), name
 
 
 def test_encoder_stays_bf16_if_asked(loaded, expected):
@@ -273,7 +279,7 @@ def test_encoder_stays_bf16_if_asked(loaded, expected):
     assert set(weights) == set(expected)
     assert quantized(weights) == linear(expected, "language_model.")
     for name in set(weights) - quantized(weights):
-        assert torch.equal(weights[name], expected[name]), name
+        assert equal(weights[name], expected[name]), name
     assert max(error(weights[name], expected[name]) for name in quantized(weights)) < NF4_ERROR
 
 

@@ -1,5 +1,6 @@
 """test_file_transcribe.py as a user runs it."""
 
+import asyncio
 import contextlib
 import http.server
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 import soundfile
 from conftest import CHECKPOINT, ROOT, free_port, run_script
+from proxy import Proxy
 from speech import talk, write
 
 SAMPLE = CHECKPOINT / "sample.wav"
@@ -114,10 +116,10 @@ def test_usage(arguments):
     assert "Traceback" not in result.stderr
 
 
-def interrupted(server, path, how, times: int) -> subprocess.CompletedProcess:
+def interrupted(url, path, how, times: int) -> subprocess.CompletedProcess:
     """Run at the pace of speech, send a signal `times` times after the first text."""
     process = subprocess.Popen(
-        [sys.executable, ROOT / "test_file_transcribe.py", "--audio_path", path, "--url", server.url, "--realtime"],
+        [sys.executable, ROOT / "test_file_transcribe.py", "--audio_path", path, "--url", url, "--realtime"],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
     )
@@ -131,7 +133,7 @@ def interrupted(server, path, how, times: int) -> subprocess.CompletedProcess:
 
 def test_first_interrupt_waits_for_the_last_words(server, tmp_path):
     samples, spoken = talk(30, seed=3)
-    result = interrupted(server, write(tmp_path / "talk.wav", samples), signal.SIGINT, 1)
+    result = interrupted(server.url, write(tmp_path / "talk.wav", samples), signal.SIGINT, 1)
     assert result.returncode == 0
     words = result.stdout.split()
     assert result.stdout.endswith("\n")
@@ -141,7 +143,14 @@ def test_first_interrupt_waits_for_the_last_words(server, tmp_path):
 
 def test_second_interrupt_stops_at_once(server, tmp_path):
     samples, spoken = talk(30, seed=3)
-    result = interrupted(server, write(tmp_path / "talk.wav", samples), signal.SIGINT, 2)
+    path = write(tmp_path / "talk.wav", samples)
+
+    async def behind_a_slow_network() -> subprocess.CompletedProcess:
+        """The last words are on their way for longer than the second signal is."""
+        async with Proxy(server.port, delay=0.1) as proxy:
+            return await asyncio.to_thread(interrupted, proxy.url, path, signal.SIGINT, 2)
+
+    result = asyncio.run(behind_a_slow_network())
     assert result.returncode == 130
     assert "Traceback" not in result.stderr
     assert result.stdout.split()[:3] == [text for text, _, _ in spoken][:3]
