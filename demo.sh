@@ -11,7 +11,7 @@ port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0));
 log=$(mktemp)
 sample=tests/tiny_checkpoint/sample
 
-MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEMORY_UTILIZATION=0.3 \
+MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEMORY_UTILIZATION=0.3 CPU_KVCACHE_GB=1 \
   setsid ./serve.sh > "$log" 2>&1 &
 server=$!
 trap 'kill -- -$server 2> /dev/null || true; wait $server 2> /dev/null || true; rm -f "$log"' EXIT

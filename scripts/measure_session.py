@@ -4,7 +4,7 @@
     scripts/measure_session.py --minutes 44                             as the clients do it, with rollover
     scripts/measure_session.py --minutes 44 --rollover-after 100000     one session as long as the server allows
 
-Prints a line for each minute of audio (median milliseconds a frame in it) and a line of JSON last.
+Prints a line for each minute of audio (mean and median milliseconds a frame in it) and a line of JSON last.
 """
 
 import argparse
@@ -49,8 +49,9 @@ async def measure(options: argparse.Namespace) -> int:
         sys.stdout.flush()
 
     transcriber.timeline.understand = timed
-    async for _ in transcriber.words(stream(blocks)):
-        pass
+    words = [word.text async for word in transcriber.words(stream(blocks))]
+    if options.text:
+        options.text.write_text("".join(words).strip() + "\n")
     means = [round(statistics.fmean(took), 2) for _, took in sorted(minutes.items())]
     budget = 1000 * FRAME / RATE
     print(json.dumps({"sessions": transcriber.timeline.session, "ms_per_frame": means, "real_time_ms": budget}))
@@ -63,6 +64,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", default=ROOT / "tests" / "tiny_checkpoint" / "sample.wav", metavar="FILE")
     parser.add_argument("--rollover-after", type=seconds, metavar="SECONDS", help="default: as the clients")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="keep the transcript, to see that it is right")
     add_server_options(parser)
     return run(measure(parser.parse_args(argv)))
 

@@ -37,6 +37,7 @@ class ServerProcess:
             "HOST": "127.0.0.1",
             "PORT": str(self.port),
             "QUANTIZATION": "none",
+            "CPU_KVCACHE_GB": "1",
             "HF_HUB_OFFLINE": "1",
             **environment,
         }

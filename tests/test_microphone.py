@@ -137,7 +137,8 @@ def test_recording_transcribed_afterwards(server, pulse, speech, tmp_path):
         time.sleep(0.5)
         captioner.process.kill()
         captioner.end()
-    assert run_script("test_file_transcribe.py", kept, "--url", server.url).stdout.split() == spoken
+    result = run_script("test_file_transcribe.py", kept, "--url", server.url)
+    assert (result.returncode, result.stdout.split()) == (0, spoken), (result.stderr, soundfile.info(kept))
 
 
 def test_device_unplugged_and_back(server, pulse, speech, tmp_path):

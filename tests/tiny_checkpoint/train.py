@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from model import DELAY, PROMPT, Model, Tensor
 from safetensors.torch import load_file, save_file
-from streams import Batch, Streams
+from streams import SHARES, Batch, Streams
 from words import BOS, PAD, PIECE_TOKEN, PIECES, SPECIAL_TOKENS, VOCABULARY
 
 MEL = {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400}
@@ -195,9 +195,11 @@ def main() -> None:
     parser.add_argument("--init", type=Path, help="go on from this checkpoint's folder")
     parser.add_argument("--rate", type=float, default=1.0, help="factor on the learning rates")
     parser.add_argument("--pad-weight", type=float, default=1.0, help="of a blank frame, in the second half")
+    parser.add_argument("--share", action="append", default=[], metavar="SOURCE=N", help="how often a source speaks")
     parser.add_argument("--average", action="store_true", help="keep the mean of the last half's weights")
     parser.add_argument("--compile", action="store_true")
     options = parser.parse_args()
+    SHARES.update((name, float(share)) for name, share in (entry.split("=") for entry in options.share))
     torch.manual_seed(0)
     torch.backends.cuda.matmul.allow_tf32 = False
     streams = Streams(options.clips, options.device, seed=1)
@@ -252,7 +254,8 @@ def main() -> None:
     print(f"{step} steps")
     for quantized in (False, True):
         for name, batch in (("held out", tests), ("seen", seen)):
-            print(f"{'nf4' if quantized else 'bf16'}, {name}: {evaluate(model, batch, streams.plain, quantized)}")
+            kind = "nf4" if quantized else "bf16" if options.device == "cuda" else "fp32"
+            print(f"{kind}, {name}: {evaluate(model, batch, streams.plain, quantized)}")
 
 
 if __name__ == "__main__":
