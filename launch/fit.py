@@ -1,0 +1,136 @@
+"""Does it fit on the GPU? Worked out before loading, because vLLM says so only after a minute or two.
+
+vLLM takes GPU_MEMORY_UTILIZATION of the GPU and gives what the weights and its own work leave to the
+sessions, in blocks of 16 MiB: 16 frames of the audio encoder's cache, or 128 of the decoder's, for
+32 layers each (the decoder's 26 are padded; vllm/v1/core/kv_cache_utils.py). For one session it
+reserves its sliding windows and the frames of two steps:
+
+    decoder  min(8191 + 2 B, L) / 128 + 1 blocks      L = MAX_MODEL_LEN, B = MAX_NUM_BATCHED_TOKENS,
+    encoder  min( 188 + 2 B, L) /  16 + 1 blocks      both in frames of 80 ms
+
+This gives what was measured on an H200: with 12 GiB, INT4, L = 32768, B = 512 there were 482 blocks for
+sessions of 150, printed as 105,294 tokens or 3.2 sessions; with B = 8192 one session wanted 19.2 GiB.
+Everything but weights and sessions (CUDA's context, activations, graphs) is fitted to the first of the
+two, 1.4 GiB; on a smaller GPU it may be less. WEIGHTS were measured there too.
+"""
+
+import math
+import sys
+from dataclasses import dataclass, replace
+from itertools import product
+from pathlib import Path
+
+from . import Stop
+from .settings import Settings
+from .weights import is_full_size
+
+GIB = 2**30
+BLOCK = 16 * 2**20  # bytes
+WEIGHTS = {"bitsandbytes": 3.06, "none": 8.43, "mxfp4": 2.93}  # GiB on the GPU
+WEIGHTS_BF16_ENCODER = 4.3  # bitsandbytes with VOXTRAL_INT4_ENCODER=0
+OTHER = 1.4  # GiB
+OTHER_AT_LEAST = 0.8  # GiB; between the two it is tried, with a warning
+SHARE_AT_MOST = 0.95
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Settings, named as the variables. `weights` in GiB, `total` in bytes of the GPU's memory."""
+
+    weights: float
+    total: float
+    share: float
+    length: int
+    batch: int
+
+    @property
+    def blocks_of_a_session(self) -> int:
+        decoder = math.ceil(min(8191 + 2 * self.batch, self.length) / 128) + 1
+        encoder = math.ceil(min(188 + 2 * self.batch, self.length) / 16) + 1
+        return decoder + encoder
+
+    def sessions(self, other: float = OTHER) -> float:
+        """How many of the longest sessions fit at once; vLLM wants 1, and one block for itself."""
+        blocks = (self.share * self.total - (self.weights + other) * GIB) // BLOCK
+        return 0.0 if blocks < self.blocks_of_a_session + 1 else blocks / self.blocks_of_a_session
+
+    def needed(self) -> float:
+        """GiB for one session."""
+        return self.weights + OTHER + (self.blocks_of_a_session + 1) * BLOCK / GIB
+
+
+def check(settings: Settings, free: int, total: int) -> None:
+    """Raises Stop, and else says on stderr what will fit; `free` and `total` in MiB."""
+    share = settings.number("GPU_MEMORY_UTILIZATION")
+    plan = plan_of(settings, total)
+    most = math.floor(100 * free / total) / 100
+    if free < share * total:
+        mend = f"or set {settings.assignment('GPU_MEMORY_UTILIZATION', f'{most:.2f}')}"
+        if plan and not (smaller := suggestion(settings, replace(plan, share=most), most)):
+            mend = f"{Plan.needed(replace(plan, length=2048, batch=128)):.1f} GiB is the least that can work"
+        elif plan:
+            mend = f"or set {smaller}"
+        raise Stop(
+            f"{free} of {total} MiB of GPU memory are free, but {share * total:.0f} are wanted: "
+            f"end other programs on the GPU (see nvidia-smi), {mend}"
+        )
+    if plan is None:
+        return
+    minutes = int(plan.length * 0.08 / 60)
+    if not plan.sessions():
+        mend = suggestion(settings, plan, min(most, SHARE_AT_MOST))
+        mend = f"set {mend}" if mend else "this GPU is too small; QUANTIZATION=bitsandbytes needs the least"
+        text = (
+            f"{share * total / 1024:.1f} GiB of GPU memory are to be used, but {plan.needed():.1f} are needed: "
+            f"{plan.weights:.1f} for the weights, {OTHER} for vLLM's work, "
+            f"{plan.blocks_of_a_session * BLOCK / GIB:.1f} for one session of {minutes} min: {mend}"
+        )
+        if not plan.sessions(OTHER_AT_LEAST):
+            raise Stop(text)
+        print(f"warning: this may not fit: {text}", file=sys.stderr)
+        return
+    print(
+        f"{share * total / 1024:.1f} GiB of GPU memory: {plan.weights:.1f} for the weights, about {OTHER} for vLLM's "
+        f"work, the rest is room for about {plan.sessions():.1f} sessions of {minutes} min at once",
+        file=sys.stderr,
+    )
+
+
+def plan_of(settings: Settings, total: int) -> Plan | None:
+    """None where this arithmetic does not hold: another model, another method, a way of writing only vLLM knows."""
+    weights = WEIGHTS.get(settings["QUANTIZATION"])
+    if settings["QUANTIZATION"] == "bitsandbytes" and settings["VOXTRAL_INT4_ENCODER"] == "0":
+        weights = WEIGHTS_BF16_ENCODER
+    share, length, batch = map(settings.number, ("GPU_MEMORY_UTILIZATION", "MAX_MODEL_LEN", "MAX_NUM_BATCHED_TOKENS"))
+    known = weights and share and length and batch and settings["KV_CACHE_DTYPE"] in ("", "auto", "bfloat16")
+    if not known or not is_full_size(settings["MODEL"], Path(settings["MODEL"])):
+        return None
+    return Plan(weights, total * 2**20, share, int(length), int(batch))
+
+
+def suggestion(settings: Settings, plan: Plan, most: float) -> str:
+    """The smallest change that makes it fit, as the user writes it, or nothing. `most`: highest share possible."""
+    batch = min(plan.batch, max(128, int(settings.number("MAX_NUM_SEQS") or 128)))
+    for weights, length, frames, share in product(
+        (plan.weights, WEIGHTS["bitsandbytes"]),
+        (plan.length, 16384, 8192, 4096, 2048),
+        (plan.batch, batch),
+        (plan.share, max(plan.share, most)),
+    ):
+        if (
+            length > plan.length
+            or weights > plan.weights
+            or not Plan(weights, plan.total, share, length, frames).sessions()
+        ):
+            continue
+        changes = {}
+        if weights != plan.weights:
+            changes["QUANTIZATION"] = "bitsandbytes"
+        if share != settings.number("GPU_MEMORY_UTILIZATION"):
+            changes["GPU_MEMORY_UTILIZATION"] = f"{share:.2f}"
+        if frames != plan.batch:
+            changes["MAX_NUM_BATCHED_TOKENS"] = frames
+        if length != plan.length:
+            changes["MAX_MODEL_LEN"] = length
+        return " ".join(settings.assignment(variable, value) for variable, value in changes.items())
+    return ""

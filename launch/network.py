@@ -1,0 +1,71 @@
+"""The port, the certificate and the key: what is wrong with them, and who can use the server."""
+
+import errno
+import ipaddress
+import os
+import socket
+import ssl
+import sys
+
+from . import Stop
+from .settings import Settings
+
+
+def check(settings: Settings) -> None:
+    """Raises Stop where vLLM would fail after its start, and warns on stderr of what is open."""
+    host, port = settings["HOST"], settings["PORT"]
+    check_port(host, port)
+    check_certificate(settings["TLS_CERT"], settings["TLS_KEY"])
+    if settings.on_command_line("API_KEY"):
+        warn("--api-key stands in the list of processes and in the log: set VLLM_API_KEY in the environment instead")
+    elif not os.environ.get("VLLM_API_KEY") and not is_loopback(host):
+        warn("without a key everyone on the network can use this server: set VLLM_API_KEY, or HOST=127.0.0.1")
+
+
+def warn(text: str) -> None:
+    print(f"warning: {text}", file=sys.stderr)
+
+
+def check_port(host: str, port: str) -> None:
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            probe.bind(address)
+    except (OSError, ValueError, OverflowError) as error:
+        mend = error
+        if getattr(error, "errno", None) == errno.EADDRINUSE:
+            mend = "another program has this port: stop it, or choose another, PORT=8001 ./serve.sh"
+        elif getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
+            mend = "HOST must be an address of this machine; 0.0.0.0 for all of them"
+        raise Stop(f"{host}:{port}: {mend}") from None
+
+
+def is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def check_certificate(certificate: str, key: str) -> None:
+    """Both or neither; they must be readable and belong together."""
+    if not certificate and not key:
+        return
+    if not certificate or not key:
+        raise Stop("TLS needs both TLS_CERT and TLS_KEY; scripts/make-certificate makes them", 2)
+    for path in (certificate, key):
+        try:
+            with open(path, "rb"):
+                pass
+        except OSError as error:
+            raise Stop(f"{path}: {error.strerror}; scripts/make-certificate makes a certificate and its key") from None
+    try:
+        ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
+    except ssl.SSLError as error:
+        why = {
+            "KEY_VALUES_MISMATCH": "the key is another certificate's",
+            "NO_START_LINE": "TLS_CERT must be a certificate in PEM format",
+        }
+        reason = why.get(error.reason, "TLS_KEY must be its private key, in PEM format and without a password")
+        raise Stop(f"TLS_CERT={certificate} and TLS_KEY={key} do not go together: {reason}") from None

@@ -1,0 +1,64 @@
+"""The variables of serve.sh, and the options of vllm serve that win over them."""
+
+from collections.abc import Mapping
+
+from . import Stop
+
+# Options of vllm serve whose value is looked at here, and the variables they win over.
+OPTIONS = {
+    "--host": "HOST",
+    "--port": "PORT",
+    "--quantization": "QUANTIZATION",
+    "-q": "QUANTIZATION",
+    "--max-model-len": "MAX_MODEL_LEN",
+    "--max-num-seqs": "MAX_NUM_SEQS",
+    "--max-num-batched-tokens": "MAX_NUM_BATCHED_TOKENS",
+    "--gpu-memory-utilization": "GPU_MEMORY_UTILIZATION",
+    "--ssl-certfile": "TLS_CERT",
+    "--ssl-keyfile": "TLS_KEY",
+    "--tokenizer": "TOKENIZER",
+    "--api-key": "API_KEY",
+    "--kv-cache-dtype": "KV_CACHE_DTYPE",
+}
+NUMBERS = {"PORT": int, "MAX_MODEL_LEN": int, "MAX_NUM_SEQS": int, "MAX_NUM_BATCHED_TOKENS": int}
+NUMBERS |= {"GPU_MEMORY_UTILIZATION": float, "CPU_KVCACHE_GB": float}
+
+
+class Settings:
+    """`settings["HOST"]` is the value that vLLM will use, as text; empty if there is none."""
+
+    def __init__(self, environment: Mapping[str, str], arguments: list[str]):
+        self._environment = environment
+        self._given: dict[str, tuple[str, str]] = {}  # variable: (option as written, value)
+        for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
+            option, equals, value = argument.partition("=")
+            if variable := OPTIONS.get(option.replace("_", "-")):
+                self._given[variable] = (option, value if equals else following)
+        for variable, kind in NUMBERS.items():
+            text = environment.get(variable, "")
+            try:
+                positive = kind(text or 1) > 0
+            except ValueError:
+                positive = False
+            if not positive and variable not in self._given:
+                raise Stop(f"{variable}={text}: a number above 0 is wanted", 2)
+        seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
+        if seqs and tokens and tokens < seqs:
+            raise Stop(f"MAX_NUM_BATCHED_TOKENS={tokens:.0f} is less than MAX_NUM_SEQS={seqs:.0f}: make it as much", 2)
+
+    def __getitem__(self, variable: str) -> str:
+        return self._given[variable][1] if variable in self._given else self._environment.get(variable, "")
+
+    def number(self, variable: str) -> float | None:
+        """None where there is none, or one in another way of writing that vLLM knows (32k, auto)."""
+        try:
+            return float(self[variable])
+        except ValueError:
+            return None
+
+    def on_command_line(self, variable: str) -> bool:
+        return variable in self._given
+
+    def assignment(self, variable: str, value: object) -> str:
+        """How the user sets it: VARIABLE=VALUE, or the option if that is on the command line and would win."""
+        return f"{self._given[variable][0]} {value}" if variable in self._given else f"{variable}={value}"
