@@ -48,6 +48,7 @@ def main(memory: str, *arguments: str) -> int:
         print(f"error: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
+        print("stopped; a download goes on from there the next time", file=sys.stderr)
         return 130
     print(model, tokenizer or "", sep="\n")
     return 0

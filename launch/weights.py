@@ -38,7 +38,8 @@ def is_full_size(name: str, folder: Path) -> bool:
 
 def download(repository: str, revision: str = "") -> Path:
     """Return the folder with the three files; the hub is asked only for what is missing. Raises Stop."""
-    from huggingface_hub import constants, try_to_load_from_cache  # here: it is slow to import, and often not needed
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it is read at import, and asks the hub for one file more
+    from huggingface_hub import constants, try_to_load_from_cache
 
     revision = revision or PINNED.get(repository, "main")
     paths = [try_to_load_from_cache(repository, file, revision=revision) for file in FILES]
@@ -121,7 +122,7 @@ def fetch(url: str, name: str, blob: Path, size: int) -> None:
         """In a journal a line a minute is better than a bar that is drawn over."""
 
         def __init__(self, *arguments, **options):
-            super().__init__(*arguments, **options | {"mininterval": 60, "maxinterval": 60})
+            super().__init__(*arguments, **options | {"mininterval": 60, "maxinterval": 60, "disable": False})
 
         def display(self, msg=None, pos=None):
             print(self, file=sys.stderr, flush=True)

@@ -30,7 +30,7 @@ class ServerProcess:
         self.port = int(environment.get("PORT") or free_port())
         self.log = log
         self._options = options
-        self.tls = "--ssl-certfile" in options
+        self.tls = "--ssl-certfile" in options or "TLS_CERT" in environment
         self._environment = os.environ | {
             "MODEL": str(CHECKPOINT),
             "SERVED_MODEL_NAME": "tiny",

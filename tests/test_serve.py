@@ -1,5 +1,6 @@
 """serve.sh, setup.sh and demo.sh as a user runs them; a server in INT4 with a key and TLS."""
 
+import asyncio
 import os
 import re
 import shutil
@@ -8,6 +9,10 @@ import subprocess
 
 import pytest
 from conftest import CHECKPOINT, ROOT, ServerProcess, run_script
+from hub import REPOSITORY, Hub
+
+from launch.weights import FILES
+from voxtral_client.session import Done, Server
 
 TEXT = (CHECKPOINT / "sample.txt").read_text().strip()
 
@@ -117,12 +122,10 @@ def test_demo():
 def locked(tmp_path_factory):
     """A server in INT4, with a key and a certificate of its own."""
     folder = tmp_path_factory.mktemp("locked")
+    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
     key, certificate = folder / "key.pem", folder / "certificate.pem"
-    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *name]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
-    tls = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)]
-    process = ServerProcess(folder / "log", *tls, VLLM_API_KEY="sesame", QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="2")
+    settings = {"VLLM_API_KEY": "sesame", "TLS_CERT": str(certificate), "TLS_KEY": str(key)}
+    process = ServerProcess(folder / "log", QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="2", **settings)
     process.certificate = certificate
     yield process.start().wait()
     process.kill()
@@ -139,7 +142,10 @@ def test_int4_with_key_and_certificate(locked):
         result = transcribe(locked, "--cafile", locked.certificate, *given, VLLM_API_KEY="" if given else "sesame")
         assert (result.returncode, result.stdout) == (0, TEXT + "\n"), result.stderr
     assert transcribe(locked, "--insecure", "--api-key", "sesame").stdout == TEXT + "\n"
-    assert "sesame" not in locked.log.read_text()
+    log = locked.log.read_text()
+    assert '"WebSocket /v1/realtime" [accepted]' in log
+    for secret in ("sesame", "input_audio_buffer", TEXT[:20]):
+        assert secret not in log
 
 
 def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):
@@ -151,3 +157,36 @@ def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):
     refused(plain, "wss://")
     secure = run_script("test_file_transcribe.py", CHECKPOINT / "sample.wav", "--url", server.url.replace("ws", "wss"))
     refused(secure, "write ws://")
+
+
+def test_first_start_from_the_hub_with_another_delay(tmp_path):
+    """`MODEL=OWNER/NAME TRANSCRIPTION_DELAY_MS=2400 ./serve.sh`: the clients need to know of neither.
+
+    The words are wrong, since the embedded model was trained at 480 ms only; that audio goes through is what counts.
+    """
+    files = {name: (CHECKPOINT / name).read_bytes() for name in FILES}
+    with Hub(files) as hub:
+        settings = {"MODEL": REPOSITORY, "SERVED_MODEL_NAME": "", "HF_ENDPOINT": hub.url, "HF_HUB_OFFLINE": ""}
+        settings |= {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+        server = ServerProcess(tmp_path / "log", TRANSCRIPTION_DELAY_MS="2400", MAX_MODEL_LEN="1024", **settings)
+        try:
+            server.start().wait()
+            hub.asked.clear()
+            result = transcribe(server)
+            assert (result.returncode, result.stderr.count("error")) == (0, 0), result.stderr
+            assert asyncio.run(one_session(server)) == 1 + 32 + 30  # BOS, left padding, delay of 30 frames
+            assert hub.asked == []
+        finally:
+            server.kill()
+    log = server.log.read_text()
+    assert re.search(r"Room for \d+\.\d sessions of 1 minutes at once", log)
+
+
+async def one_session(server) -> int:
+    """Two seconds of silence under the model's name on the hub; returns the tokens of the prompt."""
+    async with Server(server.url).session(REPOSITORY) as session:
+        await session.send(bytes(2 * 32000))
+        await session.finish()
+        while not isinstance(answer := await session.receive(), Done):
+            pass
+    return answer.prompt_tokens

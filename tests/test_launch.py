@@ -1,0 +1,323 @@
+"""What serve.sh does before vLLM starts: the download from a small hub, the delay, the fit on a GPU."""
+
+import contextlib
+import json
+import os
+import random
+import shutil
+import signal
+import ssl
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import CHECKPOINT, ROOT, free_port
+from hub import COMMIT, REPOSITORY, TOKEN, Hub
+
+from launch.fit import Plan
+
+MB = 1_000_000
+LARGE = 32 * MB
+
+
+@pytest.fixture(scope="module")
+def large() -> bytes:
+    return random.Random(1).randbytes(LARGE)
+
+
+@pytest.fixture
+def hub(large):
+    """A repository with the three files, and two more that must not be fetched."""
+    files = {name: (CHECKPOINT / name).read_bytes() for name in ("params.json", "tekken.json")}
+    files |= {"consolidated.safetensors": large, "model.safetensors": large, "README.md": b"# Voxtral"}
+    with Hub(files) as hub:
+        yield hub
+
+
+@pytest.fixture
+def launch(tmp_path, hub):
+    """What serve.sh runs before vLLM, with caches of its own."""
+
+    def run(*arguments: str, memory: str = "", wait: bool = True, **variables: str):
+        names = ("HF_TOKEN", "HF_HUB_OFFLINE", "VLLM_API_KEY", "HF_HOME", "HF_HUB_CACHE")
+        settings = {name: value for name, value in os.environ.items() if name not in names}
+        settings |= {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
+        settings |= {"MODEL": REPOSITORY, "HOST": "127.0.0.1", "PORT": str(free_port())} | variables
+        command = [sys.executable, "-m", "launch", memory, *arguments]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(command, cwd=ROOT, env=settings, **pipes)
+        if not wait:
+            return process
+        output, errors = process.communicate(timeout=100)
+        return subprocess.CompletedProcess(command, process.returncode, output, errors)
+
+    return run
+
+
+def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
+    assert (result.returncode, result.stdout) == (code, ""), result.stderr
+    assert "Traceback" not in result.stderr
+    line = result.stderr.strip().splitlines()[-1]
+    assert line.startswith("error: ")
+    assert sum(line.startswith("error") for line in result.stderr.splitlines()) == 1
+    for word in words:
+        assert word in line
+
+
+def folder(result: subprocess.CompletedProcess) -> Path:
+    assert result.returncode == 0, result.stderr
+    return Path(result.stdout.splitlines()[0])
+
+
+def test_three_files_once_then_offline(launch, hub, large, tmp_path):
+    model = folder(first := launch())
+    assert "someone/voxtral" in first.stderr
+    assert hub.downloaded() == {"params.json", "tekken.json", "consolidated.safetensors"}
+    assert {file.name for file in model.iterdir()} == hub.downloaded()
+    assert (model / "consolidated.safetensors").read_bytes() == large
+    assert model == tmp_path / "hf/hub/models--someone--voxtral/snapshots" / COMMIT  # where every other program looks
+    hub.asked.clear()
+    again = launch(HF_TOKEN="wrong")
+    assert (folder(again), again.stderr, hub.asked) == (model, "", [])
+    assert folder(launch(MODEL_REVISION=COMMIT)) == model
+    assert folder(launch(HF_HUB_OFFLINE="1")) == model
+    assert hub.asked == []
+
+
+def test_cut_connections_go_on_in_the_same_run(launch, hub, large):
+    hub.cuts = [25 * MB, 1 * MB]
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+    assert any(start > 20 * MB for start in starts(hub))
+
+
+def starts(hub) -> list[int]:
+    return [int(asked.removeprefix("bytes=").rstrip("-")) for _, _, asked in hub.asked if asked]
+
+
+def test_broken_download_goes_on_in_the_next_run(launch, hub, large):
+    hub.cuts = [25 * MB] + [0] * 100
+    refused(launch(), "consolidated.safetensors", "0.02 of 0.03 GB", "run this again")
+    hub.cuts, hub.sent = [], 0
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+    assert hub.sent < LARGE - 20 * MB
+
+
+def test_stopped_by_ctrl_c(launch, hub, large, tmp_path):
+    """The bytes that came stay."""
+    hub.hold = 25 * MB
+    process = launch(wait=False)
+    assert hub.holding.wait(60)
+    while not any(file.stat().st_size > 20 * MB for file in tmp_path.rglob("*.incomplete")):
+        time.sleep(0.1)
+    process.send_signal(signal.SIGINT)
+    output, errors = process.communicate(timeout=60)
+    assert (process.returncode, output) == (130, "")
+    assert errors.splitlines()[-1].startswith("stopped")
+    hub.hold = hub.sent = 0
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+    assert hub.sent < LARGE - 20 * MB
+
+
+def test_damage_on_the_way_and_on_disk(launch, hub, large):
+    hub.spoil = True
+    refused(launch(), "consolidated.safetensors came damaged", "run this again")
+    hub.spoil = False
+    weights = folder(launch()) / "consolidated.safetensors"
+    for spoiled in (large[:-7], b"\0" + large[1:]):  # truncated, changed
+        weights.resolve().write_bytes(spoiled)
+        result = launch()
+        assert folder(result) == weights.parent
+        assert "damaged: downloading it again" in result.stderr
+        assert weights.read_bytes() == large
+
+
+def test_refusals_of_the_hub(launch, hub):
+    hub.gated = True
+    refused(launch(), f"{hub.url}/{REPOSITORY}", "agree to its terms", "HF_TOKEN")
+    hub.gated, hub.private = False, True
+    refused(launch(), f"{hub.url}/{REPOSITORY}", "does not exist, or is private", "HF_TOKEN")
+    refused(launch(MODEL="someone/nothing"), "someone/nothing does not exist")
+    assert folder(launch(HF_TOKEN=TOKEN)).name == COMMIT
+    assert not hub.leaked  # the host of the large files has no business with the token
+    refused(launch(MODEL_REVISION="v9", HF_TOKEN=TOKEN), "no revision v9", "MODEL_REVISION")
+    hub.status = 503
+    refused(launch(MODEL="someone/other"), "HTTP 503", "later")
+
+
+def test_repository_without_one_of_the_files(launch, hub):
+    del hub.files["params.json"]
+    refused(launch(), "no params.json", "Mistral's format")
+
+
+def test_no_network(launch):
+    refused(launch(HF_ENDPOINT=f"http://127.0.0.1:{free_port()}"), "cannot be reached", "first start needs the network")
+    refused(launch(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
+
+
+def test_not_enough_disk(launch, hub, tmp_path):
+    hub.claims = 10**15
+    refused(launch(), "1000000.0 GB", "GB are free", str(tmp_path / "hf"), "HF_HOME")
+    assert hub.downloaded() == set()
+
+
+def test_delay_is_an_edited_copy(launch, tmp_path):
+    def run(delay: str) -> list[str]:
+        result = launch(MODEL=str(CHECKPOINT), TRANSCRIPTION_DELAY_MS=delay)
+        assert result.returncode == 0, result.stderr
+        return result.stdout.splitlines()
+
+    original = json.loads((CHECKPOINT / "tekken.json").read_text())
+    assert run("480") == run("") == [str(CHECKPOINT), ""]  # its own
+    tokenizers = set()
+    for delay in (80, 1200, 2400, 2400):
+        _, tokenizer = run(str(delay))
+        tokenizers.add(tokenizer)
+        copy = json.loads((Path(tokenizer) / "tekken.json").read_text())
+        assert copy["audio"].pop("transcription_delay_ms") == delay
+        assert copy | {"audio": copy["audio"] | {"transcription_delay_ms": 480}} == original
+        assert [file.name for file in Path(tokenizer).iterdir()] == ["tekken.json"]
+    assert len(tokenizers) == 3
+    assert json.loads((CHECKPOINT / "tekken.json").read_text()) == original
+
+
+@pytest.mark.parametrize("delay", ["0", "100", "1280", "2480", "960ms", "-80"])
+def test_delay_that_the_model_does_not_know(launch, delay):
+    refused(launch(TRANSCRIPTION_DELAY_MS=delay), f"={delay}:", "80, 160,", "1200, 2400", code=2)
+
+
+def test_wrong_settings(launch, tmp_path):
+    model = {"MODEL": str(CHECKPOINT)}
+    refused(launch("--tokenizer", "x", **model, TRANSCRIPTION_DELAY_MS="960"), "--tokenizer", code=2)
+    refused(launch(**model, PORT="eighty"), "PORT=eighty", code=2)
+    refused(launch(**model, MAX_NUM_SEQS="600", MAX_NUM_BATCHED_TOKENS="512"), "MAX_NUM_BATCHED_TOKENS", code=2)
+    refused(launch(**model, HOST="192.0.2.99"), "192.0.2.99", "an address of this machine")
+
+
+def test_measured_memory():
+    """The arithmetic gives what vLLM printed on an H200 (139.8 GiB) with random weights of the real shapes."""
+    plan = Plan(weights=3.06, total=139.8 * 2**30, share=0.0858, length=32768, batch=512)
+    assert plan.blocks_of_a_session == 150
+    assert abs(plan.sessions() * 32768 - 105_294) < 300
+    assert Plan(3.06, 2**33, 0.9, 32768, 8192).blocks_of_a_session * 16 / 1024 == pytest.approx(19.2, abs=0.05)
+
+
+# free and total MiB, settings, words of the answer
+FIT = [
+    ("11900, 12288", {}, "room for about 2.7 sessions of 43 min"),
+    ("8000, 8192", {}, "room for about 1.2 sessions"),
+    ("8000, 8192", {"MAX_NUM_BATCHED_TOKENS": "128", "MAX_MODEL_LEN": "4096"}, "room for about 2.8 sessions of 5 min"),
+    ("24000, 24576", {"QUANTIZATION": "none"}, "room for about 5.0 sessions"),
+    ("8000, 8192", {"QUANTIZATION": "none"}, "set QUANTIZATION=bitsandbytes"),
+    ("11900, 12288", {"QUANTIZATION": "none"}, "set GPU_MEMORY_UTILIZATION=0.95 MAX_NUM_BATCHED_TOKENS=128"),
+    ("7100, 12288", {}, "7100 of 12288 MiB of GPU memory are free, but 11059 are wanted"),
+    ("7100, 12288", {}, "or set GPU_MEMORY_UTILIZATION=0.57"),
+    ("4000, 12288", {}, "5.2 GiB is the least that can work"),
+    ("4000, 4096", {}, "this GPU is too small"),
+]
+
+
+@pytest.mark.parametrize("memory, settings, answer", FIT)
+def test_fit(launch, tmp_path, memory, settings, answer):
+    """A folder with the real model's params.json; its weights are only looked at later."""
+    defaults = {"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": "32768", "MAX_NUM_BATCHED_TOKENS": "512"}
+    defaults |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
+    result = launch(memory=memory, **defaults | settings)
+    if answer.startswith("room"):
+        assert result.returncode == 0
+        assert answer in result.stderr
+    else:
+        refused(result, answer)
+
+
+def full_size(tmp_path) -> Path:
+    model = Path(shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns("*.py", "*.wav")))
+    params = json.loads((model / "params.json").read_text()) | {"dim": 3072, "n_layers": 26}
+    (model / "params.json").write_text(json.dumps(params))
+    return model
+
+
+def test_fit_follows_the_command_line(launch, tmp_path):
+    settings = {"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": "32768", "MAX_NUM_BATCHED_TOKENS": "512"}
+    settings |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
+    result = launch("--max_num_batched_tokens=8192", memory="11900, 12288", **settings)
+    refused(result, "19.2 for one session", "set --max_num_batched_tokens 128")
+    # What it knows nothing of it leaves to vLLM.
+    assert launch("-q", "fp8", memory="8000, 8192", **settings).stderr == ""
+    assert launch(memory="[N/A], [N/A]", **settings).stderr == ""
+
+
+def test_key_and_open_network(launch):
+    model = {"MODEL": str(CHECKPOINT)}
+    assert "everyone on the network can use this server" in launch(**model, HOST="0.0.0.0").stderr
+    assert launch(**model, HOST="0.0.0.0", VLLM_API_KEY="sesame").stderr == ""
+    assert launch(**model, HOST="localhost").stderr == ""
+    result = launch("--api-key", "sesame", **model)
+    assert "VLLM_API_KEY" in result.stderr
+    assert "sesame" not in result.stderr
+
+
+def make_certificate(folder: Path) -> subprocess.CompletedProcess:
+    return subprocess.run([ROOT / "scripts/make-certificate", folder], capture_output=True, text=True)
+
+
+def test_certificate(launch, tmp_path):
+    """Made once, for every name and address of this machine; strict clients take it (as Python 3.13 is)."""
+    result = make_certificate(tmp_path / "one")
+    certificate, key = tmp_path / "one/certificate.pem", tmp_path / "one/key.pem"
+    assert result.returncode == 0, result.stderr
+    assert f"TLS_CERT={certificate} TLS_KEY={key}" in result.stdout
+    assert "--cafile" in result.stdout
+    assert key.stat().st_mode & 0o777 == 0o600
+    shown = subprocess.run(["openssl", "x509", "-in", certificate, "-noout", "-ext", "subjectAltName"],
+                           capture_output=True, text=True, check=True).stdout  # fmt: skip
+    addresses = subprocess.run(["hostname", "-I"], capture_output=True, text=True).stdout.split()
+    assert "DNS:localhost" in shown
+    assert ".local" in shown
+    assert "127.0.0.1" in shown
+    assert all(address in shown for address in addresses if "." in address)
+    again = make_certificate(tmp_path / "one")
+    assert (again.returncode, again.stdout) == (1, "")
+    assert "remove both" in again.stderr
+
+    assert make_certificate(tmp_path / "two").returncode == 0
+    model = {"MODEL": str(CHECKPOINT)}
+    assert launch(**model, TLS_CERT=str(certificate), TLS_KEY=str(key)).stderr == ""
+    refused(launch(**model, TLS_CERT=str(certificate)), "both TLS_CERT and TLS_KEY", code=2)
+    refused(launch(**model, TLS_CERT=str(certificate), TLS_KEY="/no/key.pem"), "/no/key.pem", "make-certificate")
+    other = str(tmp_path / "two/key.pem")
+    refused(launch(**model, TLS_CERT=str(certificate), TLS_KEY=other), "the key is another certificate's")
+    refused(launch(**model, TLS_CERT=other, TLS_KEY=other), "do not go together")
+    strict_handshake(certificate, key)
+
+
+def strict_handshake(certificate: Path, key: Path) -> None:
+    """A TLS connection in memory by a client that checks the name and everything RFC 5280 demands."""
+    theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    theirs.load_cert_chain(certificate, key)
+    ours = ssl.create_default_context(cafile=certificate)
+    ours.verify_flags |= ssl.VERIFY_X509_STRICT
+    for name in ("localhost", "127.0.0.1"):
+        a, b, c, d = (ssl.MemoryBIO() for _ in range(4))
+        server = theirs.wrap_bio(a, b, server_side=True)
+        client = ours.wrap_bio(c, d, server_hostname=name)
+        for side in (client, server, client, server):
+            with contextlib.suppress(ssl.SSLWantReadError):
+                side.do_handshake()
+            a.write(d.read())
+            c.write(b.read())
+        assert client.getpeercert()["subject"]
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
+@pytest.mark.parametrize("manager", ["--user", "--system"])
+def test_unit(tmp_path, manager):
+    """systemd finds nothing wrong with the unit, wherever the clone lies."""
+    unit = (ROOT / "deploy/voxtral.service").read_text()
+    assert unit.count("%h/voxtral") >= 1
+    (tmp_path / "voxtral.service").write_text(unit.replace("%h/voxtral", str(ROOT)))
+    command = ["systemd-analyze", "verify", manager, "--man=no", tmp_path / "voxtral.service"]
+    settings = os.environ | {"XDG_RUNTIME_DIR": str(tmp_path)}
+    result = subprocess.run(command, env=settings, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (0, "")
