@@ -42,7 +42,10 @@ def download(repository: str, revision: str = "") -> Path:
     from huggingface_hub import constants, try_to_load_from_cache
 
     revision = revision or PINNED.get(repository, "main")
-    paths = [try_to_load_from_cache(repository, file, revision=revision) for file in FILES]
+    try:
+        paths = [try_to_load_from_cache(repository, file, revision=revision) for file in FILES]
+    except ValueError:  # HFValidationError
+        raise Stop(f"MODEL={repository} is neither a folder nor a name that a repository can have") from None
     if all(isinstance(path, str) for path in paths):
         bad = [blob for path in paths if not is_whole(blob := Path(path).resolve())]
         if not bad:
@@ -69,6 +72,8 @@ def fetch_all(repository: str, revision: str, cache: Path) -> Path:
     try:
         blobs.mkdir(parents=True, exist_ok=True)
         wanted = {file: get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)) for file in FILES}
+        if not all(about.etag and about.commit_hash and about.size for about in wanted.values()):
+            raise Stop(f"{endpoint} does not answer as a hub does: is there a login page or a proxy in between?")
         missing = {f: about for f, about in wanted.items() if not (blobs / about.etag).exists()}
         partial = sum(
             p.stat().st_size for about in missing.values() if (p := blobs / f"{about.etag}.incomplete").exists()
@@ -135,18 +140,13 @@ def fetch(url: str, name: str, blob: Path, size: int) -> None:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise Stop(f"another program downloads {name}: wait for it") from None
+        if file.tell() > size:
+            file.truncate(0)
+            file.seek(0)
         while (there := file.tell()) < size:
+            options = {"expected_size": size, "displayed_filename": name, "headers": headers}
             try:
-                bar = None if sys.stderr.isatty() else Lines
-                http_get(
-                    url,
-                    file,
-                    resume_size=there,
-                    headers=headers,
-                    expected_size=size,
-                    displayed_filename=name,
-                    tqdm_class=bar,
-                )
+                http_get(url, file, resume_size=there, tqdm_class=None if sys.stderr.isatty() else Lines, **options)
             except (httpx2.TransportError, OSError) as error:
                 if getattr(error, "errno", None):  # the disk, not the network
                     raise

@@ -144,6 +144,9 @@ def test_refusals_of_the_hub(launch, hub):
     refused(launch(MODEL_REVISION="v9", HF_TOKEN=TOKEN), "no revision v9", "MODEL_REVISION")
     hub.status = 503
     refused(launch(MODEL="someone/other"), "HTTP 503", "later")
+    hub.status = 200  # the login page of a network, say
+    refused(launch(MODEL="someone/other"), "does not answer as a hub does")
+    refused(launch(MODEL="some one/other"), "neither a folder nor a name")
 
 
 def test_repository_without_one_of_the_files(launch, hub):
