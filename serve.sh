@@ -19,6 +19,8 @@
 #   MAX_NUM_SEQS=8         sessions at once; the next one is told that the server is busy
 #   MAX_NUM_BATCHED_TOKENS=512    frames in one step; more costs 2 MiB each in every session
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
+#   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
+#   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
 set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
@@ -36,6 +38,7 @@ export TLS_CERT=${TLS_CERT:-} TLS_KEY=${TLS_KEY:-} TRANSCRIPTION_DELAY_MS=${TRAN
 export QUANTIZATION=${QUANTIZATION:-bitsandbytes} MAX_MODEL_LEN=${MAX_MODEL_LEN:-32768}
 export GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.90} MAX_NUM_SEQS=${MAX_NUM_SEQS:-8}
 export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-512} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
+export SESSION_IDLE_MINUTES=${SESSION_IDLE_MINUTES:-10} ALLOWED_ORIGINS=${ALLOWED_ORIGINS:-}
 name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")
 
@@ -69,4 +72,9 @@ else
 fi
 export VLLM_USE_FLASHINFER_SAMPLER=0 # decoding is greedy, and that sampler compiles CUDA code at every start
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is here: nothing is asked of the network, and it is told nothing
+
+# Captions for browsers at /captions/, and the guard of the WebSocket: vllm_plugin/voxtral_web.
+export VOXTRAL_CAPTIONS=$here/captions
+export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_captions # it loads no others then
+options+=(--middleware voxtral_web.guard.Guard)
 exec vllm serve "$model" "${options[@]}" "$@"

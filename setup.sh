@@ -34,7 +34,7 @@ case $mode in gpu) next=./serve.sh size=14 ;; cpu) next=./demo.sh size=5 ;; clie
   next=".venv/bin/python stream_microphone.py --url ws://SERVER:8000/v1/realtime" size=1 ;; esac
 
 # Anything that changes this sum is a reason to install again.
-sum=$({ echo "$mode"; cat setup.sh requirements*.txt; cat vllm_*/pyproject.toml vllm_plugin/voxtral_int4/*.py; } | cksum)
+sum=$({ echo "$mode"; cat setup.sh requirements*.txt; cat vllm_*/pyproject.toml vllm_plugin/*/*.py; } | cksum)
 if [ "$(cat .venv/installed 2>/dev/null)" = "$sum" ]; then
   echo "already installed; next: $next"
   exit

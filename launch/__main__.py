@@ -9,6 +9,7 @@ import os
 import re
 import sys
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 
 from . import Stop, fit, network
@@ -19,6 +20,8 @@ from .weights import FILES, download
 
 def prepare(memory: str, arguments: list[str]) -> tuple[Path, Path | None]:
     """Everything in the order of its cost. Raises Stop."""
+    if not find_spec("voxtral_web"):
+        raise Stop("vLLM has not the plugins of vllm_plugin/, or old ones: run ./setup.sh")
     settings = Settings(os.environ, arguments)
     delay = checked_delay(settings)
     network.check(settings)

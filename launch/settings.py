@@ -21,7 +21,7 @@ OPTIONS = {
     "--kv-cache-dtype": "KV_CACHE_DTYPE",
 }
 NUMBERS = {"PORT": int, "MAX_MODEL_LEN": int, "MAX_NUM_SEQS": int, "MAX_NUM_BATCHED_TOKENS": int}
-NUMBERS |= {"GPU_MEMORY_UTILIZATION": float, "CPU_KVCACHE_GB": float}
+NUMBERS |= {"GPU_MEMORY_UTILIZATION": float, "CPU_KVCACHE_GB": float, "SESSION_IDLE_MINUTES": float}
 
 
 class Settings:
@@ -36,12 +36,13 @@ class Settings:
                 self._given[variable] = (option, value if equals else following)
         for variable, kind in NUMBERS.items():
             text = environment.get(variable, "")
+            least = "0 or more" if variable == "SESSION_IDLE_MINUTES" else "above 0"
             try:
-                positive = kind(text or 1) > 0
+                fits = kind(text or 1) > 0 or (kind(text) == 0 and least == "0 or more")
             except ValueError:
-                positive = False
-            if not positive and variable not in self._given:
-                raise Stop(f"{variable}={text}: a number above 0 is wanted", 2)
+                fits = False
+            if not fits and variable not in self._given:
+                raise Stop(f"{variable}={text}: a number {least} is wanted", 2)
         seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
         if seqs and tokens and tokens < seqs:
             raise Stop(f"MAX_NUM_BATCHED_TOKENS={tokens:.0f} is less than MAX_NUM_SEQS={seqs:.0f}: make it as much", 2)

@@ -1,0 +1,293 @@
+// The page: what the user does, and what there is to see. Recognition is transcriber.js, sound microphone.js.
+
+import { Microphone, explain, microphones, obstacle } from "./microphone.js";
+import { plain, srt } from "./subtitles.js";
+import { RATE } from "./timeline.js";
+import { Refused, Transcriber, model } from "./transcriber.js";
+
+const $ = (id) => document.getElementById(id);
+const BASE = new URL("..", location.href); // this page lies at /captions/, behind a proxy perhaps deeper
+const PARAGRAPH_SECONDS = 2; // a pause that begins a new line
+
+const words = []; // all that is settled: {text, start, end, session, fresh}
+let key = sessionStorage.getItem("key") ?? "";
+let running = null; // {transcriber, microphone, stopping}
+let before = 0; // seconds heard in earlier runs
+let unsaved = false;
+
+// --- what there is to see ---
+
+function say(text, kind = "") {
+  if ($("message").textContent !== text) $("message").textContent = text; // a screen reader says it once
+  $("message").className = kind;
+}
+
+function state(name, text = name) {
+  $("state").dataset.state = name;
+  $("state").textContent = text;
+}
+
+function settle(added) {
+  const following = atEnd();
+  for (const word of added) {
+    const last = words.at(-1);
+    word.start += before;
+    word.end += before;
+    word.fresh = !last || running.fresh || word.start - last.end > PARAGRAPH_SECONDS;
+    running.fresh = false;
+    if (word.fresh) $("settled").append(document.createElement("p"));
+    words.push(word);
+    // One text node for all that settles at once: a screen reader reads it as one.
+    const line = $("settled").lastChild;
+    if (word.fresh || word === added[0]) line.append(document.createTextNode(""));
+    line.lastChild.data += word.fresh ? word.text.trimStart() : word.text;
+  }
+  if (!added.length) return;
+  unsaved = true;
+  enable();
+  if (following) toEnd();
+}
+
+function showTail(tail) {
+  const following = atEnd();
+  const text = tail.map((word) => word.text).join("");
+  if ($("tail").textContent !== text) $("tail").textContent = text;
+  if (text) $("hint").hidden = true;
+  if (following) toEnd();
+}
+
+const atEnd = () => $("transcript").scrollHeight - $("transcript").scrollTop - $("transcript").clientHeight < 60;
+function toEnd() { $("transcript").scrollTop = $("transcript").scrollHeight; }
+$("transcript").onscroll = () => { $("latest").hidden = atEnd(); };
+$("latest").onclick = () => { toEnd(); $("transcript").focus(); };
+
+function showLevel(level) {
+  const db = Math.round(Math.max(-60, Math.min(0, level)));
+  $("level").firstChild.style.transform = `scaleX(${(db + 60) / 60})`;
+  $("level").className = db > -3 ? "over" : "";
+  $("level").setAttribute("aria-valuenow", db);
+  $("level").setAttribute("aria-valuetext", `${db} dB`);
+}
+
+function showTimes() {
+  const seconds = Math.floor(before + (running ? running.transcriber.timeline.heard / RATE : 0));
+  const two = (number) => String(number).padStart(2, "0");
+  $("clock").textContent = `${Math.floor(seconds / 3600)}:${two(Math.floor(seconds / 60) % 60)}:${two(seconds % 60)}`;
+  $("lag").textContent = `${(running ? running.transcriber.lag : 0).toFixed(1)} s`;
+}
+setInterval(showTimes, 200);
+
+function enable() {
+  for (const id of ["copy", "text", "srt"]) $(id).disabled = !words.length;
+  $("clear").disabled = !words.length || running !== null;
+  $("hint").hidden = words.length > 0 || running !== null;
+  $("start").textContent = !running ? "Start" : running.stopping ? "Stop at once" : "Stop";
+  $("start").classList.toggle("running", running !== null);
+}
+
+// --- the server ---
+
+/** Find out whether the server can be used with the key there is; asks again until there is an answer. */
+async function greet() {
+  try {
+    const { id } = await model(BASE, key);
+    $("model").textContent = id;
+    if (key) sessionStorage.setItem("key", key);
+    $("access").hidden = true;
+    $("start").disabled = false;
+    state("ready");
+    say("");
+  } catch (error) {
+    if (error instanceof Refused) return refuse(error);
+    state("waiting", "no server");
+    say(`No server answers at ${BASE.host} (${error.message}). Is it still starting? Trying again.`, "wait");
+    setTimeout(greet, 3000);
+  }
+}
+
+function refuse(error) {
+  state("refused", error.key ? "locked" : "refused");
+  if (!error.key) return say(`${error.message}.`, "bad");
+  say(key ? "The server does not accept this key." : "This server wants a key.", key ? "bad" : "wait");
+  sessionStorage.removeItem("key");
+  key = "";
+  $("start").disabled = true;
+  $("access").hidden = false;
+  $("key").select();
+  $("key").focus();
+}
+
+$("access").onsubmit = (event) => {
+  event.preventDefault();
+  key = $("key").value.trim();
+  if (/[^\x21-\x7e]/.test(key)) {
+    key = "";
+    return say("A key has no spaces and no letters beyond ASCII.", "bad");
+  }
+  say("");
+  greet();
+};
+
+// --- captioning ---
+
+async function start() {
+  $("start").disabled = true;
+  const microphone = new Microphone({
+    audio(samples, level) {
+      showLevel(level);
+      run.transcriber.hear(samples);
+    },
+    gone() {
+      showLevel(-60);
+      say("The microphone is gone. Plug it in again, or choose another.", "bad");
+      run.gone = true;
+    },
+  });
+  const transcriber = new Transcriber(BASE, key, {
+    state(name, message) {
+      state(name);
+      if (name === "waiting") say(message[0].toUpperCase() + message.slice(1) + ".", "wait");
+      else if (name === "listening" && $("message").className === "wait") say("");
+    },
+    words: settle,
+    tail: showTail,
+    lost(from, to) {
+      run.lostFrom ??= from;
+      say(`The server was away for too long: ${(to - run.lostFrom).toFixed(0)} s of sound are lost.`, "bad");
+    },
+  });
+  const run = { microphone, transcriber, stopping: false, gone: false, fresh: true };
+  try {
+    await microphone.open($("device").value);
+  } catch (error) {
+    say(explain(error), "bad");
+    microphone.close();
+    $("start").disabled = false;
+    return;
+  }
+  running = run;
+  say("");
+  $("start").disabled = false;
+  enable();
+  stayAwake();
+  listDevices();
+  try {
+    await transcriber.run();
+    state("ready");
+    if ($("message").className === "wait") say("");
+  } catch (error) {
+    settle(transcriber.timeline.tail.splice(0));
+    showTail([]);
+    if (error instanceof Refused) refuse(error);
+    else say(`This page has a fault: ${error.message}`, "bad");
+  }
+  microphone.close();
+  showLevel(-60);
+  before += transcriber.timeline.heard / RATE;
+  running = null;
+  enable();
+  stayAwake();
+}
+
+$("start").onclick = () => {
+  if (!running) return start();
+  if (running.stopping) return running.transcriber.stop();
+  running.stopping = true;
+  running.microphone.close();
+  running.transcriber.end(); // the last words are still to come
+  showLevel(-60);
+  state("connecting", "finishing");
+  enable();
+};
+
+// --- microphones ---
+
+async function listDevices() {
+  const found = (await microphones()).filter(({ deviceId }) => deviceId !== "default");
+  const chosen = $("device").value;
+  const first = $("device").options[0];
+  $("device").replaceChildren(first, ...found.map(({ deviceId, label }, i) => new Option(label || `microphone ${i + 1}`, deviceId)));
+  $("device").value = found.some(({ deviceId }) => deviceId === chosen) ? chosen : "";
+}
+
+/** Take the chosen microphone in place of the one that was used or is gone. */
+async function change() {
+  if (!running || running.stopping) return;
+  running.microphone.close();
+  try {
+    await running.microphone.open($("device").value);
+    running.gone = false;
+    say("");
+  } catch (error) {
+    running.gone = true;
+    say(explain(error), "bad");
+  }
+}
+$("device").onchange = change;
+
+/** Keep a phone's screen on while it shows captions. */
+async function stayAwake() {
+  try {
+    if (!running) await stayAwake.lock?.release();
+    else if (document.visibilityState === "visible") stayAwake.lock = await navigator.wakeLock?.request("screen");
+  } catch { /* a low battery may forbid it */ }
+}
+document.addEventListener("visibilitychange", stayAwake);
+
+// --- text size, full screen, copy, download ---
+
+let scale = Number(localStorage.getItem("scale")) || 1;
+function resize(factor) {
+  scale = Math.max(0.4, Math.min(4, scale * factor));
+  document.documentElement.style.setProperty("--scale", scale);
+  localStorage.setItem("scale", scale);
+  toEnd();
+}
+$("smaller").onclick = () => resize(1 / 1.15);
+$("larger").onclick = () => resize(1.15);
+$("full").onclick = () => document.documentElement.requestFullscreen();
+$("full").hidden = !document.fullscreenEnabled;
+
+async function copy() {
+  await navigator.clipboard.writeText(plain(words));
+  unsaved = false;
+  $("copy").textContent = "Copied";
+  setTimeout(() => { $("copy").textContent = "Copy"; }, 2000);
+}
+$("copy").onclick = () => copy().catch(() => say("The browser does not let this page copy: download the text.", "bad"));
+
+function download(text, ending) {
+  const link = document.createElement("a");
+  link.href = URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" }));
+  const now = new Date(Date.now() - new Date().getTimezoneOffset() * 60000).toISOString();
+  link.download = `captions ${now.slice(0, 16).replace("T", " ").replace(":", ".")}.${ending}`;
+  link.click();
+  setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+  unsaved = false;
+}
+$("text").onclick = () => download(`${plain(words)}\n`, "txt");
+$("srt").onclick = () => download(srt(words), "srt");
+
+$("clear").onclick = () => {
+  if (unsaved && !confirm("Neither copied nor downloaded: clear the captions all the same?")) return;
+  words.length = before = 0;
+  unsaved = false;
+  $("settled").replaceChildren();
+  enable();
+};
+
+addEventListener("beforeunload", (event) => { if (running || unsaved) event.preventDefault(); });
+
+// --- begin ---
+
+resize(1);
+enable();
+if (obstacle()) {
+  state("refused", "no microphone");
+  say(obstacle(), "bad");
+  $("hint").hidden = true;
+} else {
+  listDevices();
+  navigator.mediaDevices.addEventListener("devicechange", () => listDevices().then(() => running?.gone && change()));
+  greet();
+}

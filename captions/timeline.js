@@ -1,0 +1,252 @@
+// The books of one transcription: what was heard, understood and settled. No DOM, no clock, no network.
+// voxtral_client/timeline.py, whose docstrings explain it, in JavaScript; a test holds the two against each other.
+//
+// Positions are in samples at 16 kHz from the very first one, across all sessions. A word is
+// {text, start, end, session}: text with its own leading space, times in seconds.
+
+export const RATE = 16000;
+export const FRAME = 1280; // samples behind one delta: 80 ms
+const HOP = 320; // samples of one level reading: 20 ms
+const SETTLE = 4 * FRAME; // the model speaks of a word up to 0.2 s after its end
+const PAUSE = 3 * FRAME; // silence wanted on either side of a settled point
+const MAX_TAIL = 30 * RATE; // so much unsettled audio without a pause is settled between two words
+export const UNANSWERED_SECONDS = 1.5; // sound without a word that may be a cough
+const MAX_WORD = 2 * RATE; // longest word considered when its start is looked for
+const FLOOR_DB = -65; // below this everything is silence
+
+export class Timeline {
+  settled = 0; // text before this sample is final
+  session = 0; // number of the current session
+  tail = []; // words after `settled`: a new session would replace them
+  heard = 0; // end of the audio so far
+  #final = []; // settled words not yet taken
+  #lastEnd = 0; // end of the last settled word
+  #spoken = false; // any text settled yet?
+  #blocks = []; // audio kept: {start, samples}
+  #levels = [];
+  #levelsStart = 0; // position of the first level reading
+  #threshold = FLOOR_DB;
+  #thresholdAt = -RATE;
+  #origin = 0;
+  #frames = 0;
+  #lastText = 0; // position of the last delta with text
+  #rut = null; // [start, end] of a blank stretch that a second session must confirm
+
+  get understood() { return this.#origin + this.#frames * FRAME; }
+  get sessionLength() { return this.#frames * FRAME; }
+
+  // --- audio ---
+
+  /** Append an Int16Array. */
+  hear(samples) {
+    this.#blocks.push({ start: this.heard, samples });
+    this.heard += samples.length;
+    let from = this.#levelsStart + this.#levels.length * HOP;
+    const audio = this.audio(from, this.heard - from);
+    for (let i = 0; i + HOP <= audio.length; i += HOP) {
+      let power = 0;
+      for (let k = i; k < i + HOP; k++) power += (audio[k] / 32768) ** 2;
+      this.#levels.push(10 * Math.log10(power / HOP + 1e-10));
+    }
+  }
+
+  /** Return up to `count` kept samples from `start` on. */
+  audio(start, count) {
+    const end = Math.min(start + count, this.heard);
+    const out = new Int16Array(Math.max(0, end - start));
+    for (let i = this.#blocks.length - 1; i >= 0; i--) { // what is asked for lies near the end
+      const { start: at, samples } = this.#blocks[i];
+      if (at + samples.length <= start) break;
+      const part = samples.subarray(Math.max(0, start - at), Math.max(0, end - at));
+      out.set(part, Math.max(at, start) - start);
+    }
+    return out;
+  }
+
+  /** Keep at most `keep` samples of unsettled audio; return the span [start, end) lost for good, or null. */
+  dropOldest(keep) {
+    const start = this.heard - keep;
+    if (start <= this.settled) return null;
+    const lost = Math.max(this.settled, Math.min(this.understood, start));
+    this.#settle(start, this.tail.filter((word) => word.end * RATE <= start).length);
+    return start > lost ? [lost, start] : null;
+  }
+
+  // --- sessions ---
+
+  /** Start a new session: forget the tail, return the position from which to send audio. */
+  begin() {
+    this.session++;
+    this.tail = [];
+    this.#origin = this.#lastText = this.settled;
+    this.#frames = 0;
+    return this.#origin;
+  }
+
+  /** Book the next delta. */
+  understand(text) {
+    this.#frames++;
+    const now = this.understood;
+    if (text) {
+      this.#add(text, now - this.#lastText > FRAME);
+      this.#lastText = now;
+    }
+    const point = Math.min(now - SETTLE, this.heard);
+    if (point > this.settled && this.#lastText <= point) {
+      const rut = this.#rut;
+      if (this.#quiet(point - PAUSE, point + PAUSE) && this.unanswered() <= UNANSWERED_SECONDS) {
+        this.#settle(point, this.tail.length);
+      } else if (rut && now >= rut[1] + SETTLE && this.#lastText <= rut[0] + RATE) {
+        this.#settle(point, this.tail.length); // two sessions agree that there are no words
+      }
+    }
+    if (this.tail.length && now - this.settled > MAX_TAIL) this.settleBetweenWords();
+  }
+
+  /** Settle where it is quietest behind a word of the tail, for want of a pause. */
+  settleBetweenWords() {
+    const now = this.understood;
+    const ends = this.tail.map((word) => Math.round(word.end * RATE));
+    const half = Math.floor((this.settled + now) / 2);
+    const late = ends.some((end) => end > half) ? ends.filter((end) => end > half) : ends;
+    let best = null;
+    for (const end of late) {
+      if (end <= this.settled || end >= now - SETTLE) continue;
+      const [level, point] = this.#quietest(Math.max(end - 4 * HOP, this.settled + HOP), end + 8 * HOP);
+      if (!best || level <= best[0]) best = [level, point, ends.indexOf(end) + 1];
+    }
+    if (!best && now - SETTLE > this.settled + FRAME) {
+      const [level, point] = this.#quietest(Math.max(now - 2 * RATE, this.settled + FRAME), now - SETTLE);
+      best = [level, point, ends.filter((end) => end <= point).length];
+    }
+    if (best) this.#settle(best[1], best[2]);
+  }
+
+  /** Settle everything: the input has ended and the server has spoken of all of it. */
+  finish() { this.#settle(this.heard, this.tail.length); }
+
+  /** Return the words settled since the last call. */
+  take() { return this.#final.splice(0); }
+
+  // --- the model stuck in blanks (vllm#47614) ---
+
+  /** Seconds of sound above the noise, understood without a word since the last word. */
+  unanswered() {
+    const noise = this.#noise();
+    return (this.#readings(this.#answered, this.understood).filter((db) => db > noise).length * HOP) / RATE;
+  }
+
+  /** Seconds of audio, silent or not, since the last word. */
+  wordless() { return (this.understood - this.#answered) / RATE; }
+
+  /** Note that everything since the last word is to be confirmed by a new session. */
+  suspectRut() { this.#rut = [this.#lastText, this.understood]; }
+
+  get #answered() { return Math.max(this.#lastText, this.settled, this.#rut ? this.#rut[1] : 0); }
+
+  // --- private ---
+
+  /** Make `point` the settled point and the first `count` words of the tail final. */
+  #settle(point, count) {
+    if (count) {
+      const words = this.tail.splice(0, count);
+      this.#final.push(...words);
+      this.#spoken = true;
+      this.#lastEnd = Math.round(words.at(-1).end * RATE);
+    }
+    this.settled = point;
+    if (this.#rut && point >= this.#rut[1]) this.#rut = null;
+    const first = this.#blocks.findIndex(({ start, samples }) => start + samples.length > point);
+    this.#blocks.splice(0, first < 0 ? this.#blocks.length : first);
+    const excess = Math.floor((point - 30 * RATE - this.#levelsStart) / HOP);
+    if (excess > 0) {
+      this.#levels.splice(0, excess);
+      this.#levelsStart += excess * HOP;
+    }
+  }
+
+  /** Append text of the frame just understood to the tail, as words. */
+  #add(text, blankBefore) {
+    split(text).forEach((piece, i) => {
+      const last = this.tail.at(-1);
+      const fresh = !last || /^\s/u.test(piece) || /\s$/u.test(last.text);
+      if (fresh || i || (blankBefore && /^[\p{L}\p{N}]/u.test(piece))) {
+        if (!last && this.#spoken && !/^\s/u.test(piece) && !WIDE.test(piece)) piece = " " + piece;
+        const [start, end] = this.#locate(this.understood - FRAME);
+        this.tail.push({ text: piece, start: start / RATE, end: end / RATE, session: this.session });
+      } else {
+        last.text += piece;
+      }
+    });
+  }
+
+  /** Start and end of the word whose end the model marked in the frame up to `spoken`. */
+  #locate(spoken) {
+    const last = this.tail.at(-1);
+    const earliest = Math.max(last ? Math.round(last.end * RATE) : this.#lastEnd, this.#origin);
+    const first = Math.ceil(Math.max(earliest, spoken - MAX_WORD, this.#levelsStart) / HOP) * HOP;
+    const noise = this.#noise();
+    const loud = this.#readings(first, spoken + 2 * FRAME).map((db) => db > noise);
+    const expected = Math.floor((spoken - FRAME / 2 - first) / HOP); // index of the reading behind the word's end
+    let stop = Math.max(expected, 1);
+    let nearest = (2 * FRAME) / HOP + 1;
+    for (let i = 1; i < loud.length; i++) { // where the sound falls silent near there is the end
+      if (loud[i - 1] && !loud[i] && Math.abs(i - expected) < nearest) {
+        nearest = Math.abs(i - expected);
+        stop = i;
+      }
+    }
+    let start = stop;
+    while (start > 0 && loud.slice(Math.max(0, start - 7), start).includes(true)) start--; // under 140 ms: a plosive
+    while (start < stop - 1 && !loud[start]) start++;
+    const end = Math.max(first + stop * HOP, earliest + HOP);
+    return [Math.max(earliest, Math.min(first + start * HOP, end - HOP)), end];
+  }
+
+  /** Level readings in dB that lie within [start, end). */
+  #readings(start, end) {
+    const first = Math.max(0, Math.ceil((start - this.#levelsStart) / HOP));
+    return this.#levels.slice(first, Math.max(first, Math.floor((end - this.#levelsStart) / HOP)));
+  }
+
+  /** Is all audio within [start, end) silent? The future counts as silent. */
+  #quiet(start, end) {
+    const noise = this.#noise();
+    return this.#readings(start, end).every((db) => db <= noise);
+  }
+
+  /** Level and position of the quietest reading within [start, end). */
+  #quietest(start, end) {
+    const readings = this.#readings(start, end);
+    if (!readings.length) return [0, end];
+    const level = Math.min(...readings);
+    return [level, Math.ceil(start / HOP) * HOP + readings.indexOf(level) * HOP];
+  }
+
+  /** Level in dB under which sound counts as silence, from the last 30 s heard. */
+  #noise() {
+    if (this.heard - this.#thresholdAt >= RATE / 2) {
+      this.#thresholdAt = this.heard;
+      const sorted = this.#levels.slice((-30 * RATE) / HOP).sort((a, b) => a - b);
+      const floor = percentile(sorted, 0.1);
+      const loud = percentile(sorted, 0.95);
+      this.#threshold = Math.max(FLOOR_DB, loud - 35, floor + Math.min(8, 0.4 * (loud - floor)));
+    }
+    return this.#threshold;
+  }
+}
+
+// Scripts written without spaces.
+const WIDE = /^[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}\u3000-\u303f\uff01-\uff60]/u;
+
+/** Split before each whitespace that follows a word, losing nothing. */
+function split(text) {
+  return text.match(/^\s*\S*|\s+\S*/gu).filter(Boolean);
+}
+
+function percentile(sorted, share) {
+  if (!sorted.length) return FLOOR_DB;
+  const at = share * (sorted.length - 1);
+  const low = Math.floor(at);
+  return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);
+}

@@ -1,0 +1,243 @@
+// One transcription over as many sessions of /v1/realtime as it takes: resume, rollover, watchdog. No DOM.
+// The state machine is that of voxtral_client/transcriber.py: every new session goes on from the settled
+// point of the timeline, sends the audio from there again and replaces the unsettled tail.
+
+import { FRAME, RATE, Timeline, UNANSWERED_SECONDS } from "./timeline.js";
+
+const AHEAD = 5 * RATE; // audio in flight: enough to keep the server busy, little to send again
+const PIECE = RATE / 4; // audio in one message at most
+const ROLLOVER_SECONDS = 75; // a session costs more with every frame
+const STALL_SECONDS = 20; // a loaded server answers within 1 s; a first request may compile for some more
+const RUT_SECONDS = 20; // speech without a word: nobody talks so long without one
+const RUT_MAX_SECONDS = 80; // music and noise are examined less and less often
+const KEEP_SECONDS = 300; // audio kept through an outage: 9.6 MB
+const MAX_DELAY = 3 * RATE; // a model with the longest delay waits for so much audio before it speaks
+const FLUSH = RATE / 4; // `done` is complete if it speaks of so much beyond the input
+const PROMPT_TOKENS = 80; // of a session's length: start, padding and delay, and reserve
+
+/** Trying again is useless. `key`: because the server wants a key, or another one. */
+export class Refused extends Error {
+  constructor(message, key = false) { super(message); this.key = key; }
+}
+
+/** A new session may go on where this one stopped. `busy`: once the server has a free one. */
+export class Lost extends Error {
+  constructor(message, busy = false) { super(message); this.busy = busy; }
+}
+
+/** Ask the server at `base` (a URL ending in "/") what it serves: {id, max_model_len}. Throws Refused or Lost. */
+export async function model(base, key) {
+  let reply;
+  try {
+    const headers = key ? { Authorization: `Bearer ${key}` } : {};
+    reply = await fetch(new URL("v1/models", base), { headers, signal: AbortSignal.timeout(10000) });
+  } catch {
+    throw new Lost("no server answers");
+  }
+  if (reply.status === 401) throw new Refused(key ? "wrong key" : "the server wants a key", true);
+  if (reply.status >= 500) throw new Lost(`the server is not well (HTTP ${reply.status})`);
+  const models = (await reply.json().catch(() => ({}))).data ?? [];
+  if (!models.length) throw new Refused(`no realtime server (HTTP ${reply.status})`);
+  return models[0];
+}
+
+/** One WebSocket, one session. Messages wait in a queue until `receive` asks for them. */
+class Session {
+  #queue = [];
+  #wake = () => {};
+
+  constructor(base, key) {
+    const url = new URL("v1/realtime", base);
+    url.protocol = url.protocol.replace("http", "ws");
+    // A browser cannot send the header: the server's guard takes the key from here (voxtral_web/guard.py).
+    const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
+    this.socket = key ? new WebSocket(url, ["voxtral", `key.${hex}`]) : new WebSocket(url);
+    this.socket.onmessage = (event) => this.#put(JSON.parse(event.data));
+    this.socket.onclose = ({ code, reason }) => this.#put(new Lost(`connection lost (${code} ${reason})`.replace(" )", ")")));
+  }
+
+  #put(item) { this.#queue.push(item); this.#wake(); }
+
+  /** The next message, or null after `milliseconds`. Throws Refused or Lost, also for an `error` message. */
+  async receive(milliseconds) {
+    if (!this.#queue.length) {
+      let timer;
+      await new Promise((resolve) => { this.#wake = resolve; timer = setTimeout(resolve, milliseconds); });
+      clearTimeout(timer);
+    }
+    const event = this.#queue.shift() ?? null;
+    if (event instanceof Lost) throw event;
+    if (event?.type !== "error") return event;
+    if (event.error.includes("currently busy")) throw new Lost("all sessions of the server are taken", true);
+    if (["processing_error", undefined, null].includes(event.code)) throw new Lost(`server error: ${event.error}`);
+    throw new Refused(`the server refused a message (${event.code}): ${event.error}`);
+  }
+
+  /** Choose the model and start the transcription. */
+  async start(id) {
+    if ((await this.receive(10000))?.type !== "session.created") throw new Lost("the server did not greet");
+    this.send("session.update", { model: id });
+    this.send("input_audio_buffer.commit");
+  }
+
+  send(type, fields = {}) {
+    if (this.socket.readyState === WebSocket.OPEN) this.socket.send(JSON.stringify({ type, ...fields }));
+  }
+
+  close() { this.socket.onclose = this.socket.onmessage = null; this.socket.close(); }
+}
+
+/** PCM16 samples as base64; the protocol's samples are little-endian, as every browser's machine is. */
+function base64(samples) {
+  return btoa(String.fromCharCode(...new Uint8Array(samples.buffer)));
+}
+
+const sleep = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
+
+/**
+ * Words with times of what a microphone hears, whatever happens to the sessions underneath.
+ * `on.state(state, message)`: "connecting", "listening", "waiting". `on.words(words)`: settled, each once.
+ * `on.tail(words)`: may still change. `on.lost(start, end)`: seconds of audio that are gone for good.
+ */
+export class Transcriber {
+  timeline = new Timeline();
+  sessions = 0;
+  #base; #key; #on; #model = null;
+  #sent = 0; // end of the audio sent to the current session
+  #ended = false; // no more audio comes
+  #stopped = false;
+  #session = null;
+  #lastDelta = 0;
+  #patience = RUT_SECONDS;
+
+  constructor(base, key, on) { this.#base = base; this.#key = key; this.#on = on; }
+
+  /** Seconds of audio heard but not yet understood. */
+  get lag() { return Math.max(0, this.timeline.heard - this.timeline.understood) / RATE; }
+
+  /** Take in an Int16Array. */
+  hear(samples) {
+    this.timeline.hear(samples);
+    const lost = this.timeline.dropOldest(KEEP_SECONDS * RATE);
+    if (lost) this.#on.lost(lost[0] / RATE, lost[1] / RATE);
+    this.#feed();
+  }
+
+  /** No more audio comes: `run` returns when the last words are there. */
+  end() { this.#ended = true; this.#feed(); }
+
+  /** Do not wait for the last words. */
+  stop() { this.#ended = this.#stopped = true; this.#session?.close(); }
+
+  /** Run one session after the other until the input is understood. Throws Refused. */
+  async run() {
+    let failures = 0;
+    this.#on.state("connecting", "");
+    while (!this.#stopped && !(this.#ended && this.timeline.heard <= this.timeline.settled)) {
+      if (this.timeline.heard <= this.timeline.settled) { // a session without audio would only hold its slot
+        await sleep(0.1);
+        continue;
+      }
+      try {
+        // Asked again after a failure: the socket's own refusal would not say why.
+        if (failures || !this.#model) this.#model = await model(this.#base, this.#key);
+        await this.#run(() => { failures = 0; });
+        this.#on.state("connecting", "");
+      } catch (error) {
+        if (!(error instanceof Lost)) throw error;
+        this.#on.words(this.timeline.take());
+        this.#on.state("waiting", error.busy ? `${error.message}: waiting for a free one` : `${error.message}; trying again`);
+        failures += error.busy ? 0 : 1;
+        await sleep(error.busy ? 1 + 2 * Math.random() : Math.min(8, 0.25 * 2 ** failures) * (0.5 + Math.random()));
+      }
+    }
+    if (this.#stopped) this.#on.words([...this.timeline.take(), ...this.timeline.tail.splice(0)]); // nothing replaces it now
+    this.#on.tail([]);
+  }
+
+  /** One session, until a new one should go on or all is understood. */
+  async #run(achieved) {
+    this.sessions++;
+    const session = new Session(this.#base, this.#key);
+    try {
+      await session.start(this.#model.id);
+      this.#sent = this.timeline.begin();
+      this.#session = session;
+      this.#lastDelta = Date.now();
+      this.#on.state("listening", "");
+      this.#feed();
+      while (!this.#stopped && (await this.#step(session, achieved))) {
+        const words = this.timeline.take();
+        if (words.length) this.#on.words(words);
+        this.#on.tail(this.timeline.tail);
+      }
+      this.#on.words(this.timeline.take());
+    } finally {
+      this.#session = null;
+      session.close();
+    }
+  }
+
+  /** Send what there is, never more than AHEAD before the deltas. */
+  #feed() {
+    const { timeline } = this;
+    if (!this.#session || this.#sent < timeline.settled) return; // that audio was dropped
+    while (this.#sent < Math.min(timeline.heard, timeline.understood + AHEAD)) {
+      const audio = timeline.audio(this.#sent, Math.min(PIECE, timeline.understood + AHEAD - this.#sent));
+      this.#session.send("input_audio_buffer.append", { audio: base64(audio) });
+      this.#sent += audio.length;
+    }
+    if (this.#ended && this.#sent >= timeline.heard && !this.#session.finished) {
+      this.#session.finished = true;
+      this.#session.send("input_audio_buffer.commit", { final: true });
+    }
+  }
+
+  /** Book the next delta; return false where a new session should go on. */
+  async #step(session, achieved) {
+    const { timeline } = this;
+    const settled = timeline.settled;
+    const event = await session.receive(500);
+    if (timeline.understood < timeline.settled) return false; // the audio it is working on was dropped
+    if (event === null) {
+      if (this.#sent - timeline.understood < MAX_DELAY && !this.#ended) this.#lastDelta = Date.now(); // nothing to work on
+      if (Date.now() - this.#lastDelta > 1000 * STALL_SECONDS) throw new Lost(`no answer for ${STALL_SECONDS} s`);
+      return true;
+    }
+    this.#lastDelta = Date.now();
+    if (event.type === "transcription.done") {
+      if (timeline.sessionLength === 0) throw new Lost("the server ended the session without a word");
+      if (this.#ended && timeline.understood >= timeline.heard + FLUSH) timeline.finish();
+      else timeline.settleBetweenWords(); // the server's limit came first
+      return false;
+    }
+    if (event.type !== "transcription.delta") return true;
+    achieved();
+    timeline.understand(event.delta);
+    this.#feed();
+    return !this.#newSessionWanted(event.delta, settled);
+  }
+
+  /** Decide on rollover and on the rut of blanks, and settle what can be. */
+  #newSessionWanted(delta, settledBefore) {
+    const { timeline } = this;
+    const age = timeline.sessionLength / RATE;
+    const tokens = this.#model.max_model_len;
+    const limit = tokens ? (Math.max(tokens - PROMPT_TOKENS, tokens / 2) * FRAME) / RATE : 2400;
+    const rollover = Math.min(ROLLOVER_SECONDS, limit / 2);
+    if (this.#ended && this.#sent >= timeline.heard && age <= limit) return false; // a few frames more, and all is done
+    if (age > rollover && timeline.settled > settledBefore) return true;
+    if (age > Math.min(limit, 4 * rollover)) { // talk without a pause, or music under it
+      timeline.settleBetweenWords();
+      return true;
+    }
+    if (delta) this.#patience = RUT_SECONDS;
+    const unanswered = timeline.unanswered();
+    if (unanswered > this.#patience || (timeline.wordless() > 3 * this.#patience && unanswered > UNANSWERED_SECONDS)) {
+      this.#patience = Math.min(2 * this.#patience, RUT_MAX_SECONDS);
+      timeline.suspectRut();
+      return true;
+    }
+    return false;
+  }
+}
