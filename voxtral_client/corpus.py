@@ -1,0 +1,101 @@
+"""Recordings with what is said in them: folders and manifests of the usual forms.
+
+| form | audio | text | group |
+| --- | --- | --- | --- |
+| LibriSpeech | `ID.flac` (or another format) | a line `ID TEXT` in the folder's `*.trans.txt` | the speaker |
+| folder | any file | a file of the same name ending in `.txt` | the folder it lies in |
+| CSV, TSV (with a head line) | a column | a column | a column, if there is one |
+| JSONL | a field | a field | a field, if there is one |
+
+Columns and fields may have any of the names below, which are those of Common Voice, NeMo and Hugging Face.
+Paths in a manifest are relative to it.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from .audio import AudioError
+
+AUDIO_NAMES = ("audio", "path", "file", "audio_filepath", "audio_path", "filename", "file_name", "wav")
+TEXT_NAMES = ("text", "sentence", "transcript", "transcription", "reference")
+GROUP_NAMES = ("group", "voice", "speaker", "speaker_id", "client_id")
+NOT_AUDIO = (".txt", ".json", ".srt", ".vtt", ".csv", ".tsv", ".jsonl", ".md")
+
+
+@dataclass(frozen=True)
+class Utterance:
+    """A recording: its name in reports, where it is, what is said, and the group it counts in."""
+
+    name: str
+    audio: Path
+    text: str
+    group: str
+
+
+def utterances(path: str | Path) -> list[Utterance]:
+    """Return the recordings that a folder or a manifest names. Raises AudioError for what makes no sense."""
+    path = Path(path)
+    if not path.exists():
+        raise AudioError(f"{path}: no such folder or manifest")
+    try:
+        found = list(_folder(path) if path.is_dir() else _manifest(path))
+    except UnicodeDecodeError:
+        raise AudioError(f"{path}: the texts are not UTF-8") from None
+    if not found:
+        wanted = "audio files with texts beside them (talk.wav and talk.txt)" if path.is_dir() else "lines"
+        raise AudioError(f"{path}: no {wanted} there")
+    names = [item.name for item in found]
+    if len(set(names)) < len(names):
+        raise AudioError(f"{path}: {max(names, key=names.count)} is named twice")
+    return found
+
+
+def _folder(folder: Path) -> Iterator[Utterance]:
+    libri = sorted(folder.rglob("*.trans.txt"))
+    for transcript in libri:
+        for line in transcript.read_text(encoding="utf-8").splitlines():
+            name, _, text = line.partition(" ")
+            audio = next((p for p in sorted(transcript.parent.glob(f"{name}.*")) if p.suffix not in NOT_AUDIO), None)
+            if name and audio is None:
+                raise AudioError(f"{transcript}: there is no audio {name} beside it")
+            if name:
+                yield Utterance(name, audio, text, name.split("-")[0])
+    for text in sorted(folder.rglob("*.txt")) if not libri else ():
+        beside = (p for p in sorted(text.parent.glob("*.*")) if p.stem == text.stem and p.suffix not in NOT_AUDIO)
+        if audio := next(beside, None):
+            name, group = (str(p.relative_to(folder)) for p in (audio, text.parent))
+            yield Utterance(name, audio, text.read_text(encoding="utf-8").strip(), group)
+
+
+def _manifest(path: Path) -> Iterator[Utterance]:
+    for number, entry in enumerate(_entries(path), 1):
+        audio, text, group = (
+            next((entry[name] for name in names if entry.get(name) is not None), None)
+            for names in (AUDIO_NAMES, TEXT_NAMES, GROUP_NAMES)
+        )
+        if not isinstance(audio, str) or not isinstance(text, str):
+            missing, names = ("audio", AUDIO_NAMES) if not isinstance(audio, str) else ("text", TEXT_NAMES)
+            raise AudioError(f"{path}: entry {number} has no {missing}; name it one of: {', '.join(names)}")
+        yield Utterance(audio, path.parent / audio, text, "." if group is None else str(group))
+
+
+def _entries(path: Path) -> Iterator[dict]:
+    """Yield the entries of a manifest as dictionaries."""
+    kind = path.suffix.lower()
+    with path.open(encoding="utf-8-sig", newline="") as file:
+        if kind in (".csv", ".tsv"):
+            yield from csv.DictReader(file, delimiter="\t" if kind == ".tsv" else ",")
+        elif kind in (".jsonl", ".json"):
+            for line in filter(str.strip, file):
+                try:
+                    entry = json.loads(line)
+                except ValueError:
+                    entry = None
+                if not isinstance(entry, dict):
+                    raise AudioError(f"{path}: not JSONL: each line must be an object {{...}}")
+                yield entry
+        else:
+            raise AudioError(f"{path}: not a manifest; give a folder, or a file ending in .csv, .tsv or .jsonl")

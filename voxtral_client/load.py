@@ -1,0 +1,202 @@
+"""Live streams for a benchmark: audio paced as by microphones, and the lag of every frame.
+
+    python -m voxtral_client.load        one process of benchmark.py
+
+reads a job (a line of JSON) on stdin, writes "ready", waits for a line, and writes its results as a
+line of JSON. Sessions are raw: one that breaks is not resumed but counted, with the reason.
+
+Frame k (from 0) needs audio up to 0.0825 + 0.08 (delay tokens + k) seconds: 0.5625 + 0.08 k at the
+usual 480 ms (vLLM 0.32.0, `voxtral_realtime.py`: delay, the frame itself, 2.5 ms of look-ahead). Its
+lag is the time from sending the message that completed this audio to the arrival of delta k.
+"""
+
+import argparse
+import asyncio
+import itertools
+import json
+import math
+import signal
+import sys
+import time
+from dataclasses import dataclass, field
+
+from .audio import RATE, AudioError, AudioFile
+from .cli import server_from
+from .session import FRAME, Done, Lost, Refused, Server, Session
+
+CHUNK = FRAME / RATE  # seconds of audio in a message: a frame, so that each delta waits for a message of its own
+AUDIO_SECONDS = 300  # of the files given: enough variety, and it stays in memory
+AHEAD = 5.0  # seconds of audio in flight without pacing, as voxtral_client.transcriber does it
+PATIENCE = 10.0  # seconds to wait for the deltas that are missing when the audio has ended
+PROMPT_TOKENS = 33  # of a session's prompt before its delay tokens
+
+
+@dataclass
+class Stream:
+    """One live stream. Times in seconds of the loop's clock.
+
+    `outcome`: "" (all is well), "busy" (the server has no session free) or why it broke off.
+    """
+
+    start: float
+    end: float
+    offset: int  # where in the audio it begins, in samples
+    paced: bool
+    give_up_after: float
+    sent: list[float] = field(default_factory=list)  # of each message
+    arrived: list[float] = field(default_factory=list)  # of each delta
+    late: list[float] = field(default_factory=list)  # of each message: how far this process, not the server, was behind
+    closed: float = 0.0
+    outcome: str = ""
+
+    async def run(self, server: Server, model: str, pcm: bytes) -> None:
+        """Stream `pcm` (PCM16, over and over; its first frame stands again at its end) from `start` to `end`.
+
+        What the session raises becomes the outcome.
+        """
+        await asyncio.sleep(self.start - asyncio.get_running_loop().time())
+        try:
+            async with server.session(model) as session:
+                sending = asyncio.create_task(self._send(session, pcm))
+                try:
+                    await self._receive(session, sending)
+                finally:
+                    sending.cancel()
+                    await asyncio.gather(sending, return_exceptions=True)
+        except Lost as error:
+            self.outcome = "busy" if error.busy else str(error)
+        except Refused as error:
+            self.outcome = str(error)
+        self.closed = asyncio.get_running_loop().time()
+
+    async def _send(self, session: Session, pcm: bytes) -> None:
+        clock = asyncio.get_running_loop().time
+        at = 2 * self.offset
+        begun = free = clock()
+        for number in range(1, self.messages + 1):
+            due = begun + number * CHUNK  # a microphone has it when its last sample was spoken
+            if self.paced:
+                await asyncio.sleep(max(0.0, due - clock()))
+                # Time for which the server did not take the last message is the server's lag, not ours.
+                self.late.append(clock() - max(due, free))
+                self.sent.append(due + self.late[-1])
+            else:
+                while number * CHUNK > len(self.arrived) * CHUNK + AHEAD:
+                    await asyncio.sleep(0.01)
+                self.sent.append(clock())
+            await session.send(pcm[at : at + 2 * FRAME])
+            at = (at + 2 * FRAME) % (len(pcm) - 2 * FRAME)
+            free = clock()
+        await session.finish()
+
+    async def _receive(self, session: Session, sending: asyncio.Task) -> None:
+        """Note when deltas arrive, until the last, or until the patience with it ends."""
+        clock = asyncio.get_running_loop().time
+        ended = None
+        while True:
+            try:
+                async with asyncio.timeout(0.5):
+                    item = await session.receive()
+            except TimeoutError:
+                item = None
+            if sending.done() and ended is None:
+                ended = clock()
+            if isinstance(item, Done):
+                if ended is None:
+                    self.outcome = f"the server ended the session after {len(self.arrived) * CHUNK:.0f} s"
+                return
+            if item is not None:
+                self.arrived.append(clock())
+            elif ended is None and clock() - max([self.start, *self.arrived[-1:]]) > self.give_up_after:
+                raise Lost(f"no answer for {self.give_up_after:.0f} s")
+            if ended is not None and self.paced and clock() - ended > PATIENCE:
+                return
+
+    @property
+    def messages(self) -> int:
+        """How many messages the whole stream has."""
+        return max(1, round((self.end - self.start) / CHUNK))
+
+    def lags(self, delay_tokens: int) -> list[tuple[float, float]]:
+        """Return for each frame (moment when its audio had been sent, lag), in seconds.
+
+        Frames that never came count with the time for which they were waited: leaving them out would flatter
+        a server that is far behind.
+        """
+        found = []
+        for frame in itertools.count():
+            message = math.ceil((0.0825 + 0.08 * (delay_tokens + frame)) / CHUNK - 1e-9) - 1
+            if message >= len(self.sent) or (frame >= len(self.arrived) and self.outcome):
+                return found
+            arrived = self.arrived[frame] if frame < len(self.arrived) else self.closed
+            found.append((self.sent[message], max(0.0, arrived - self.sent[message])))
+
+
+async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
+    """Return the model's delay in tokens of 80 ms, from a session with a second of silence. Raises Refused or Lost."""
+    try:
+        async with asyncio.timeout(give_up_after), server.session(model) as session:
+            await session.send(bytes(2 * RATE))
+            await session.finish()
+            while not isinstance(item := await session.receive(), Done):
+                pass
+    except TimeoutError:
+        raise Lost(f"no answer for {give_up_after:.0f} s") from None
+    return item.prompt_tokens - PROMPT_TOKENS
+
+
+def read(paths: list[str]) -> bytes:
+    """Return the audio of the files one after the other, PCM16, AUDIO_SECONDS at most, and its first frame again.
+
+    Raises AudioError.
+    """
+    pcm = bytearray()
+    for block in itertools.chain.from_iterable(AudioFile(path).blocks() for path in paths):
+        pcm += block
+        if len(pcm) >= 2 * RATE * AUDIO_SECONDS:
+            break
+    pcm += bytes(max(0, 2 * FRAME - len(pcm)))
+    return bytes(pcm + pcm[: 2 * FRAME])
+
+
+async def run(job: dict, pcm: bytes) -> dict:
+    """Run the streams of a job (see benchmark.py); return what was measured, times relative to the job's start."""
+    server = server_from(argparse.Namespace(**job["server"]))
+    begun, cpu = asyncio.get_running_loop().time(), time.process_time()
+    give_up_after = job["server"]["give_up_after"]
+    samples = len(pcm) // 2 - FRAME
+    streams = [
+        Stream(begun + start, begun + job["end"], round(number * 0.618034 % 1 * samples), job["paced"], give_up_after)
+        for number, start in job["streams"]
+    ]
+    async with asyncio.TaskGroup() as tasks:
+        for stream in streams:
+            tasks.create_task(stream.run(server, job["model"], pcm))
+    took = asyncio.get_running_loop().time() - begun
+    cpu = time.process_time() - cpu
+    return {
+        "lags": [(round(at - begun, 4), round(lag, 5)) for s in streams for at, lag in s.lags(job["delay_tokens"])],
+        "late": [round(late, 5) for stream in streams for late in stream.late],
+        "frames": [len(stream.arrived) for stream in streams],
+        "last": max((stream.arrived[-1] for stream in streams if stream.arrived), default=begun) - begun,
+        "outcomes": [stream.outcome for stream in streams],
+        "cpu": cpu,
+        "seconds": took,
+    }
+
+
+def main() -> None:
+    """Run one job from stdin. Ctrl+C is benchmark.py's affair."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    job = json.loads(sys.stdin.readline())
+    try:
+        pcm = read(job["audio"])
+    except AudioError as error:
+        sys.exit(f"error: {error}")
+    print("ready", flush=True)
+    if sys.stdin.readline():
+        print(json.dumps(asyncio.run(run(job, pcm))), flush=True)
+
+
+if __name__ == "__main__":
+    main()
