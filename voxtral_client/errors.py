@@ -1,13 +1,17 @@
 """Word errors: counted by jiwer after the usual normalisation, added up, and two runs compared."""
 
+import warnings
 from collections.abc import Callable, Iterable
 
 import numpy as np
 
 try:
     import jiwer
-    from whisper_normalizer.basic import BasicTextNormalizer
-    from whisper_normalizer.english import EnglishTextNormalizer
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # about its own source text, when it is compiled
+        from whisper_normalizer.basic import BasicTextNormalizer
+        from whisper_normalizer.english import EnglishTextNormalizer
 except ImportError:  # clients do without
     jiwer = None
 

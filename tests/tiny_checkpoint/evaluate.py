@@ -1,24 +1,30 @@
 """Word error rates, word times and false alarms of a checkpoint, measured on a running vLLM server.
 
     python evaluate.py CLIPS [--url ws://127.0.0.1:8000/v1/realtime] [--model NAME]
+    python evaluate.py CLIPS --write FOLDER     the same sentences as files, for ../../evaluate.py
 
 CLIPS is the folder that make_data.py filled. Each voice reads its words in a new random order, with pauses of 0.1 to
 0.6 s, 60 dB above a faint noise. A word's time is the moment to which its first piece belongs, 0.08 (frame + 1) s;
-how far that lies behind the word's true end is the lag. Needs numpy, scipy and websockets.
+how far that lies behind the word's true end is the lag. Needs scipy, torch, and what the clients need.
 """
 
 import argparse
 import asyncio
-import base64
-import json
+import csv
+import sys
 from pathlib import Path
 
 import numpy as np
+import soundfile
 from scipy.signal import lfilter, resample_poly
 from streams import RATE, decode
 from train import distance
-from websockets.asyncio.client import connect
 from words import DIGITS, WORDS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+from voxtral_client.audio import to_pcm16
+from voxtral_client.session import Done, Server
 
 # voice, words, utterances; the first three were never trained on
 SETS = [("fsdd-theo", DIGITS, 30), ("flite-rms", WORDS, 14), ("espeak-en-gb-scotland", WORDS, 14),
@@ -70,27 +76,29 @@ def sounds(rng: np.random.Generator, seconds: int = 20) -> dict[str, np.ndarray]
     return out
 
 
-async def transcribe(url: str, model: str, audio: np.ndarray) -> list[str]:
+async def transcribe(server: Server, model: str, audio: np.ndarray) -> list[str]:
     """The text of each frame."""
-    pcm = (np.clip(audio, -1, 1) * 32767).astype("<i2").tobytes()
-    frames = []
-    async with connect(url, max_size=None) as socket:
-        await socket.recv()
-        await socket.send(json.dumps({"type": "session.update", "model": model}))
-        await socket.send(json.dumps({"type": "input_audio_buffer.commit"}))
+    pcm, frames = to_pcm16(audio), []
+    async with server.session(model) as session:
         for i in range(0, len(pcm), 2**15):
-            data = base64.b64encode(pcm[i : i + 2**15]).decode()
-            await socket.send(json.dumps({"type": "input_audio_buffer.append", "audio": data}))
-        await socket.send(json.dumps({"type": "input_audio_buffer.commit", "final": True}))
-        async for message in socket:
-            event = json.loads(message)
-            if event["type"] == "transcription.delta":
-                frames.append(event["delta"])
-            elif event["type"] == "transcription.done":
-                return frames
-            elif event["type"] == "error":
-                raise SystemExit(f"server: {event}")
-    raise SystemExit("the server closed the connection")
+            await session.send(pcm[i : i + 2**15])
+        await session.finish()
+        while not isinstance(item := await session.receive(), Done):
+            frames.append(item)
+    return frames
+
+
+def write(folder: Path, voice: str, said: list[tuple[list[str], np.ndarray]]) -> None:
+    """Add a voice's utterances to a manifest that the evaluate.py at the top of the repository reads."""
+    (folder / voice).mkdir(parents=True, exist_ok=True)
+    with (folder / "manifest.csv").open("a", newline="") as file:
+        lines = csv.writer(file)
+        if not file.tell():
+            lines.writerow(["audio", "text", "voice"])
+        for i, (words, audio) in enumerate(said):
+            name = f"{voice}/{i:02}.wav"
+            soundfile.write(folder / name, np.frombuffer(to_pcm16(audio), "<i2"), RATE)
+            lines.writerow([name, " ".join(words), voice])
 
 
 def starts(frames: list[str]) -> list[float]:
@@ -104,12 +112,16 @@ async def main() -> None:
     parser.add_argument("--model", default="tiny")
     parser.add_argument("--voices", nargs="*", default=[voice for voice, _, _ in SETS])
     parser.add_argument("--sessions", type=int, default=4, help="at a time")
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="write the sentences there and stop")
     options = parser.parse_args()
+    if options.write and options.write.exists():
+        parser.error(f"{options.write} is there already")
+    server = Server(options.url)
     free, rng = asyncio.Semaphore(options.sessions), np.random.default_rng(7)
 
     async def hear(audio: np.ndarray) -> list[str]:
         async with free:
-            return await transcribe(options.url, options.model, audio)
+            return await transcribe(server, options.model, audio)
 
     voices = clips_by_voice(options.clips)
     for voice, vocabulary, count in SETS:
@@ -118,6 +130,9 @@ async def main() -> None:
         vocabulary = [word for word in vocabulary if word in voices[voice]]  # Allison's prompts lack yes and no
         order = [list(rng.permutation(vocabulary)[:11]) for _ in range(count)]
         made = [utterance(voices[voice], words, rng) for words in order]
+        if options.write:
+            write(options.write, voice, [(words, audio) for words, (audio, _) in zip(order, made, strict=True)])
+            continue
         results = await asyncio.gather(*(hear(audio) for audio, _ in made))
         errors, lags, wrong = 0, [], []
         for words, (_, ends), frames in zip(order, made, results, strict=True):
@@ -135,6 +150,8 @@ async def main() -> None:
             flush=True,
         )
         print("\n".join(wrong), flush=True)
+    if options.write:
+        return
     for name, audio in sounds(rng).items():
         print(f"{name:24} heard: {''.join(await hear(audio)) or 'nothing'}", flush=True)
     other = dict(np.load(options.clips / "allison.npz"))

@@ -1,0 +1,220 @@
+"""evaluate.py: the forms of corpora, its sums, the comparison; once through against the real server."""
+
+import json
+
+import pytest
+from conftest import run_script
+from speech import talk, write
+
+import evaluate
+from voxtral_client import errors
+from voxtral_client.audio import AudioError
+from voxtral_client.corpus import utterances
+
+
+def fill(folder, files: dict[str, str]):
+    """Write text files; where audio belongs, an empty file does for finding it."""
+    for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    return folder
+
+
+def found(path) -> list[tuple]:
+    return [(item.name, item.audio.name, item.text, item.group) for item in utterances(path)]
+
+
+def test_librispeech(tmp_path):
+    files = {"84-1-0000.flac": "", "84-1-0001.flac": "", "84-1.trans.txt": "84-1-0000 GO ON\n84-1-0001 STOP\n"}
+    files = {f"dev/84/1/{name}": text for name, text in files.items()}
+    files |= {"dev/9/2/9-2-0000.wav": "", "dev/9/2/9-2.trans.txt": "9-2-0000 YES\n", "SPEAKERS.txt": "84 | M\n"}
+    assert found(fill(tmp_path, files)) == [
+        ("84-1-0000", "84-1-0000.flac", "GO ON", "84"),
+        ("84-1-0001", "84-1-0001.flac", "STOP", "84"),
+        ("9-2-0000", "9-2-0000.wav", "YES", "9"),
+    ]
+
+
+def test_folder_with_texts(tmp_path):
+    fill(
+        tmp_path, {"a/one.mp3": "", "a/one.txt": "Eins.\n", "two.wav": "", "two.txt": "Zwei", "README.txt": "no audio"}
+    )
+    assert found(tmp_path) == [("a/one.mp3", "one.mp3", "Eins.", "a"), ("two.wav", "two.wav", "Zwei", ".")]
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("m.csv", 'path,sentence,client_id\nx.wav,"go, on",ann\ny.wav,stop,bob\n'),
+        ("m.tsv", "client_id\tpath\tsentence\nann\tx.wav\tgo, on\nbob\ty.wav\tstop\n"),
+        (
+            "m.jsonl",
+            '{"audio_filepath": "x.wav", "text": "go, on", "speaker": "ann", "duration": 1.5}\n\n'
+            '{"audio_filepath": "y.wav", "text": "stop", "speaker": "bob"}\n',
+        ),
+    ],
+)
+def test_manifests(tmp_path, name, text):
+    fill(tmp_path, {name: text})
+    assert found(tmp_path / name) == [("x.wav", "x.wav", "go, on", "ann"), ("y.wav", "y.wav", "stop", "bob")]
+    assert utterances(tmp_path / name)[0].audio == tmp_path / "x.wav"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "said"),
+    [
+        ("m.csv", "where,what\nx.wav,go\n", "no audio; name it one of: audio, path"),
+        ("m.jsonl", '{"audio": "x.wav"}\n', "entry 1 has no text"),
+        ("m.jsonl", "x.wav go\n", "each line must be an object"),
+        ("m.csv", "audio,text\nx.wav,go\nx.wav,go\n", "x.wav is named twice"),
+        ("m.xml", "<x/>", "give a folder, or a file ending in"),
+        ("m.csv", "audio,text\n", "no lines there"),
+        ("a.trans.txt", "a-1 GO\n", "no audio a-1 beside it"),
+        ("a.txt", "text alone", "talk.wav and talk.txt"),
+    ],
+)
+def test_corpora_that_make_no_sense(tmp_path, name, text, said):
+    fill(tmp_path, {name: text})
+    with pytest.raises(AudioError, match=said):
+        utterances(tmp_path if name.endswith(".txt") else tmp_path / name)
+
+
+@pytest.mark.parametrize(
+    ("reference", "hypothesis", "words", "substitutions", "deletions", "insertions"),
+    [
+        ("a b c d", "a b c d", 4, 0, 0, 0),
+        ("a b c d", "a x c", 4, 1, 1, 0),
+        ("a b", "a a b b", 2, 0, 0, 2),
+        ("a b", "", 2, 0, 2, 0),
+        ("", "a b", 0, 0, 0, 2),
+        ("", "", 0, 0, 0, 0),
+    ],
+)
+def test_counts(reference, hypothesis, words, substitutions, deletions, insertions):
+    wanted = {"words": words, "substitutions": substitutions, "deletions": deletions, "insertions": insertions}
+    assert errors.count(reference, hypothesis) == wanted
+
+
+def test_sums_weigh_words_not_files():
+    counts = [errors.count("a b c d e f g h", "a b c d e f g h"), errors.count("a b", "x y z"), errors.count("", "a")]
+    assert errors.add(counts) == {
+        "files": 3, "words": 10, "substitutions": 2, "deletions": 0, "insertions": 2, "wer": 0.4
+    }  # fmt: skip
+    assert errors.add([errors.count("", "a")])["wer"] is None
+
+
+def test_normalisation():
+    assert (
+        errors.normalizer("english")("Mr. Brown's  colour, isn't it? Twenty-one!")
+        == "mister brown is color is not it 21"
+    )
+    assert errors.normalizer("basic")("Größe, zwei;  DREI!") == "größe zwei drei"
+    assert errors.normalizer("none")("As  it,\nis.") == "As it, is."
+
+
+def kept(tmp_path, name: str, hypotheses: list[str], normalize: str = "basic"):
+    references = ["a b c d e", "f g h i j", "k l m n o"]
+    files = [
+        {"name": f"{i}.wav", "group": "ann" if i < 2 else "bob", "reference": r, "hypothesis": h} | errors.count(r, h)
+        for i, (r, h) in enumerate(zip(references, hypotheses, strict=True))
+    ]
+    path = tmp_path / name
+    path.write_text(json.dumps({"normalize": normalize, "files": files, "all": errors.add(files)}))
+    return str(path)
+
+
+def test_compare(tmp_path, capsys):
+    before = kept(tmp_path, "before.json", ["a b c d e", "f g x i j", "k l m n o"])
+    after = kept(tmp_path, "after.json", ["a b c", "f g h i j", "k l m n o"])
+    assert evaluate.main(["--compare", before, after]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    rows = {line.split()[0]: line.split()[-7:] for line in lines if "%" in line and "confidence" not in line}
+    assert rows["0.wav"] == ["5", "0.00", "%", "40.00", "%", "+40.00", "%"]
+    assert rows["1.wav"] == ["5", "20.00", "%", "0.00", "%", "-20.00", "%"]
+    assert rows["ann"] == ["10", "10.00", "%", "20.00", "%", "+10.00", "%"]
+    assert rows["all"] == ["15", "6.67", "%", "13.33", "%", "+6.67", "%"]
+    assert "2.wav" not in rows
+    assert "(2 of 3 recordings differ)" in lines
+
+
+def test_interval_tells_luck_from_difference():
+    one = [({"words": 10} | dict.fromkeys(errors.KINDS, 0), errors.count("a " * 10, "a " * 9)) for _ in range(30)]
+    assert errors.interval(one) == pytest.approx((0.1, 0.1))
+    mixed = one + [(b, a) for a, b in one]
+    low, high = errors.interval(mixed)
+    assert -0.05 < low < 0 < high < 0.05
+
+
+def test_runs_that_cannot_be_compared(tmp_path, capsys):
+    run = kept(tmp_path, "run.json", ["a", "b", "c"])
+    other = kept(tmp_path, "other.json", ["a", "b", "c"], normalize="english")
+    (tmp_path / "nonsense.json").write_text("[]")
+    for second, said in (
+        (other, "normalised differently"),
+        (str(tmp_path / "nonsense.json"), "not a run"),
+        (str(tmp_path / "none.json"), "No such file"),
+    ):
+        assert evaluate.main(["--compare", run, second]) == 1
+        assert said in (line := capsys.readouterr().err)
+        assert line.count("\n") == 1
+
+
+def test_end_to_end(server, tmp_path):
+    """Four recordings; one text claims two words more, and one a wrong word: just that is counted."""
+    rows, words = ["audio,text,speaker"], 0
+    for i in range(4):
+        samples, said = talk(8, seed=40 + i)
+        write(tmp_path / f"{i}.wav", samples)
+        text = [word for word, _, _ in said]
+        text = [*text, "yes", "no"] if i == 1 else ["whiskey", *text[1:]] if i == 2 else text
+        words += len(text)
+        rows.append(f"{i}.wav,{' '.join(text).title()}.,{'ann' if i < 2 else 'bob'}")
+    (tmp_path / "m.csv").write_text("\n".join(rows))
+    options = ["--url", server.url, "--normalize", "basic", "--json", tmp_path / "run.json"]
+    result = run_script("evaluate.py", tmp_path / "m.csv", *options)
+    assert result.returncode == 0, result.stderr
+    total = json.loads((tmp_path / "run.json").read_text())["all"]
+    assert total == {
+        "files": 4, "words": words, "substitutions": 1, "deletions": 2, "insertions": 0, "wer": round(3 / words, 5)
+    }  # fmt: skip
+    lines = {line.split()[0]: line.split() for line in result.stdout.splitlines() if line.endswith("%")}
+    assert lines["ann"][2:5] == ["0", "2", "0"]
+    assert lines["bob"][2:5] == ["1", "0", "0"]
+    assert lines["all"][3:7] == [str(words), "1", "2", "0"]
+    assert "0.wav" not in lines  # nothing wrong there
+    assert "yes no" in result.stdout
+    again = run_script("evaluate.py", "--compare", tmp_path / "run.json", tmp_path / "run.json")
+    assert "+0.00 %" in again.stdout
+
+
+def test_damaged_recording_is_said_and_left_out(server, tmp_path):
+    samples, said = talk(6, seed=50)
+    write(tmp_path / "good.wav", samples)
+    (tmp_path / "good.txt").write_text(" ".join(word for word, _, _ in said))
+    write(tmp_path / "bad.flac", samples)
+    data = bytearray((tmp_path / "bad.flac").read_bytes())
+    data[len(data) // 2 :] = bytes(len(data) - len(data) // 2)
+    (tmp_path / "bad.flac").write_bytes(data)
+    (tmp_path / "bad.txt").write_text("zero one")
+    result = run_script("evaluate.py", tmp_path, "--url", server.url)
+    assert result.returncode == 1
+    assert "bad.flac: damaged audio" in result.stderr
+    assert "1 of 2 recordings failed and are not counted" in result.stderr
+    assert "all 1 recordings" in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ([], "give a folder or manifest"),
+        (["a", "--compare", "b", "c"], "give a folder or manifest"),
+        (["--compare", "b", "c", "--json", "d"], "--compare takes two kept runs"),
+        (["a", "--parallel", "0"], "1 or more"),
+        (["a", "--normalize", "french"], "invalid choice"),
+    ],
+)
+def test_wrong_usage(arguments, said, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        evaluate.main(arguments)
+    assert stopped.value.code == 2
+    assert said in capsys.readouterr().err.splitlines()[-1]
