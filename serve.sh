@@ -10,7 +10,8 @@
 #   HOST=0.0.0.0           every network of this machine; 127.0.0.1 for this machine alone
 #   PORT=8000
 #   VLLM_API_KEY           the key that clients must bring (default: none is asked for)
-#   TLS_CERT, TLS_KEY      certificate and private key: wss:// in place of ws:// (scripts/make-certificate)
+#   TLS_CERT               a certificate: wss:// in place of ws://; scripts/make-certificate makes one
+#   TLS_KEY                and its private key
 #   TRANSCRIPTION_DELAY_MS how long the model listens before it writes: 80 to 1200 in steps of 80, or 2400
 #                          (default: the model's own, 480); longer is more accurate
 #   QUANTIZATION=bitsandbytes   INT4; none for bf16, or any method of vLLM
@@ -75,6 +76,6 @@ export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is here: nothing is a
 
 # Captions for browsers at /captions/, and the guard of the WebSocket: vllm_plugin/voxtral_web.
 export VOXTRAL_CAPTIONS=$here/captions
-export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_captions # it loads no others then
+export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_captions # it loads no others then
 options+=(--middleware voxtral_web.guard.Guard)
 exec vllm serve "$model" "${options[@]}" "$@"

@@ -251,6 +251,13 @@ def test_fit_follows_the_command_line(launch, tmp_path):
     assert launch(memory="[N/A], [N/A]", **settings).stderr == ""
 
 
+def test_python_of_another_place():
+    """vLLM's command is on the PATH, but python3 is one without its packages."""
+    settings = {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-S", "-m", "launch", ""]
+    refused(subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60), "./setup.sh")
+
+
 def test_key_and_open_network(launch):
     model = {"MODEL": str(CHECKPOINT)}
     assert "everyone on the network can use this server" in launch(**model, HOST="0.0.0.0").stderr
@@ -313,7 +320,6 @@ def strict_handshake(certificate: Path, key: Path) -> None:
         assert client.getpeercert()["subject"]
 
 
-@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd is not installed")
 @pytest.mark.parametrize("manager", ["--user", "--system"])
 def test_unit(tmp_path, manager):
     """systemd finds nothing wrong with the unit, wherever the clone lies."""
