@@ -88,8 +88,8 @@ def test_help(script):
 
 def test_every_variable_of_serve_is_explained():
     text = (ROOT / "serve.sh").read_text()
-    used = set(re.findall(r"\$\{([A-Z_]+):-", text))
-    explained = set(re.findall(r"^#   ([A-Z_]+)", text, re.M))
+    used = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text))
+    explained = set(re.findall(r"^#   ([A-Z][A-Z0-9_]+)", text, re.M))
     assert used == explained
 
 
