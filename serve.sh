@@ -20,6 +20,7 @@
 #   GPU_MEMORY_UTILIZATION=0.90   share of the GPU's memory to take
 #   MAX_NUM_SEQS=8         sessions at once; the next one is told that the server is busy
 #   MAX_NUM_BATCHED_TOKENS=512    frames in one step; more costs 2 MiB each in every session
+#   CUDA_VISIBLE_DEVICES=0 which GPU, as nvidia-smi counts them
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
 #   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
 #   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
@@ -46,7 +47,11 @@ name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")
 
 # What would fail only after vLLM's long start, the download, and the tokenizer with another delay.
-memory=$(nvidia-smi --query-gpu=memory.free,memory.total --format=csv,noheader,nounits 2> /dev/null | head -n 1) || memory=
+export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA by itself takes the fastest first
+gpu=${CUDA_VISIBLE_DEVICES:-0}
+[[ $gpu =~ ^[0-9]+(,|$) ]] || gpu=0
+memory=$(nvidia-smi --id="${gpu%%,*}" --query-gpu=memory.free,memory.total --format=csv,noheader,nounits 2> /dev/null) || true
+[[ $memory == *,* ]] || memory= # it may say "No devices were found"
 found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$memory" "$@") || exit
 { read -r model; read -r tokenizer; } <<< "$found"$'\n'
 

@@ -73,9 +73,11 @@ def test_not_installed(tmp_path):
 def test_gpu_memory_held_by_others(tmp_path):
     """Here nvidia-smi is a script that prints what it does where another program holds most of the memory."""
     fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 4000, 12288\n")
+    fake.write_text("#!/bin/sh\ncase $1 in --id=0) echo 4000, 12288 ;; --id=1) echo 6000, 12288 ;; esac\n")
     fake.chmod(0o755)
-    refused(serve(path=f"{tmp_path}:{os.environ['PATH']}"), "4000 of 12288 MiB", "11059", "GPU_MEMORY_UTILIZATION=0.32")
+    path = f"{tmp_path}:{os.environ['PATH']}"
+    refused(serve(path=path), "4000 of 12288 MiB", "11059", "GPU_MEMORY_UTILIZATION=0.32")
+    refused(serve(path=path, CUDA_VISIBLE_DEVICES="1,0"), "6000 of 12288 MiB")
 
 
 @pytest.mark.parametrize("script", ["serve.sh", "setup.sh", "demo.sh"])
