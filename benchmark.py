@@ -102,18 +102,29 @@ class Benchmark:
                 f"--duration {options.duration:.0f}: a session of this server ends after {longest} s; give less, or "
                 "start it with a larger MAX_MODEL_LEN"
             )
-        try:
-            self.delay = await delay_tokens(server, self.model, options.give_up_after)
-        except Lost as error:
-            if error.busy:
+        await self.settle()
+
+    async def settle(self) -> None:
+        """Wait until a short session goes through, so that a run does not find the one before still at work."""
+        for left in reversed(range(10)):
+            try:
+                server = server_from(self.options)
+                self.delay = await delay_tokens(server, self.model, self.options.give_up_after)
+                return
+            except Lost as error:
+                if not error.busy:
+                    raise
+            if not left:
                 raise Refused(
                     "all sessions of the server are taken: stop its other clients, or start it with a larger "
                     "MAX_NUM_SEQS"
-                ) from None
-            raise
+                )
+            await asyncio.sleep(0.5)
 
     async def measure(self, streams: int) -> dict:
         """Run `streams` streams, print their row and return their figures."""
+        if self.runs:
+            await self.settle()
         options, clock = self.options, time.monotonic
         begin = ramp(streams) if not options.unpaced else 0.0
         end = begin + options.duration

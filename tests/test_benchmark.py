@@ -1,6 +1,7 @@
 """benchmark.py: its arithmetic by a clock and a server that are scripted; once through against the real server."""
 
 import asyncio
+import contextlib
 import json
 import math
 import signal
@@ -8,7 +9,6 @@ import subprocess
 import sys
 import time
 import xml.etree.ElementTree as ElementTree
-from contextlib import asynccontextmanager
 
 import pytest
 from conftest import CHECKPOINT, ROOT, free_port, run_script
@@ -17,7 +17,7 @@ import benchmark
 from voxtral_client.figures import find_limit, holds, spread, summary
 from voxtral_client.load import FRAME, Stream
 from voxtral_client.plot import svg
-from voxtral_client.session import Done, Lost
+from voxtral_client.session import Done, Lost, Server
 
 
 class Clock(asyncio.SelectorEventLoop):
@@ -45,7 +45,7 @@ class Scripted:
         self.messages = self.frames = 0
         self.bytes = bytearray()
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def session(self, model):
         self.events = asyncio.Queue()
         yield self
@@ -216,6 +216,24 @@ def test_full_server_ends_the_search(server):
     found = json.loads(result.stdout.splitlines()[-1])
     assert (found["limit"], found["limited_by"]) == (4, "MAX_NUM_SEQS")
     assert "it took 4 of 8 streams" in result.stderr
+
+
+def test_full_server_is_named(server):
+    """Other clients have all sessions."""
+
+    async def occupied() -> subprocess.CompletedProcess:
+        async with contextlib.AsyncExitStack() as stack:
+            for _ in range(4):
+                session = await stack.enter_async_context(Server(server.url).session("tiny"))
+                await session.send(bytes(32_000))
+                await session.receive()
+            return await asyncio.to_thread(run_script, "benchmark.py", "--url", server.url)
+
+    result = asyncio.run(occupied())
+    assert result.returncode == 1
+    assert result.stderr.startswith("error: all sessions of the server are taken")
+    assert "MAX_NUM_SEQS" in result.stderr
+    assert result.stderr.count("\n") == 1
 
 
 def test_interrupt_leaves_nothing_behind(server):
