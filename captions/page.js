@@ -179,7 +179,10 @@ async function start() {
     settle(transcriber.timeline.tail.splice(0));
     showTail([]);
     if (error instanceof Refused) refuse(error);
-    else say(`This page has a fault: ${error.message}`, "bad");
+    else {
+      state("refused", "fault");
+      say(`This page has a fault: ${error.message}. Start goes on.`, "bad");
+    }
   }
   microphone.close();
   showLevel(-60);

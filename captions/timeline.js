@@ -57,7 +57,8 @@ export class Timeline {
     for (let i = this.#blocks.length - 1; i >= 0; i--) { // what is asked for lies near the end
       const { start: at, samples } = this.#blocks[i];
       if (at + samples.length <= start) break;
-      const part = samples.subarray(Math.max(0, start - at), Math.max(0, end - at));
+      if (at >= end) continue;
+      const part = samples.subarray(Math.max(0, start - at), end - at);
       out.set(part, Math.max(at, start) - start);
     }
     return out;

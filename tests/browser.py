@@ -4,10 +4,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from playwright.async_api import Page, async_playwright
+from playwright.async_api import Page, async_playwright, expect
 
 # Any name that is not localhost is a foreign machine to the browser; this one leads back here.
 ELSEWHERE = "captions.test"
+
+expect.set_options(timeout=30_000)  # a machine may be slow; no test is about speed
 
 
 @asynccontextmanager
@@ -26,7 +28,7 @@ async def browsing(wav: Path | None = None, **context: object) -> AsyncIterator[
             page = await (await browser.new_context(**context)).new_page()
             page.faults = []
             page.on("pageerror", lambda error: page.faults.append(error))
-            page.set_default_timeout(60_000)
+            page.set_default_timeout(30_000)
             yield page
             assert not page.faults
         finally:

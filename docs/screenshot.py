@@ -1,0 +1,60 @@
+#!/usr/bin/env python3
+"""Make docs/captions.png: the captions page in Chromium while it hears the sample, from a real run.
+
+    docs/screenshot.py --url http://localhost:8000/captions/
+
+Needs what the tests need (scripts/check) and a server with the embedded checkpoint.
+`--scheme light`, `--width`, `--height`, `--output` for other views.
+"""
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+import numpy as np
+import soundfile
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+
+from browser import browsing, expect  # noqa: E402
+from speech import write  # noqa: E402
+
+SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
+
+
+async def run(options: argparse.Namespace) -> None:
+    """Let the page hear the sample twice, and look at it in the middle of the second time."""
+    samples, rate = soundfile.read(SAMPLE)
+    wav = write(Path(options.output).with_suffix(".wav"), np.concatenate([samples, np.zeros(3 * rate), samples]), rate)
+    size = {"width": options.width, "height": options.height}
+    try:
+        async with browsing(wav, viewport=size, color_scheme=options.scheme) as page:
+            await page.goto(options.url)
+            await page.locator("#start:enabled").click()
+            settled, tail = page.locator("#settled p"), page.locator("#tail")
+            await expect(settled).to_have_count(2)
+            await expect(tail).to_be_empty()
+            while len((await tail.text_content()).split()) < 3:
+                await asyncio.sleep(0.02)
+            await page.locator("#start").blur()
+            await page.screenshot(path=options.output)
+    finally:
+        wav.unlink()
+
+
+def main() -> int:
+    """Run the script; return its exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--url", default="http://localhost:8000/captions/")
+    parser.add_argument("--output", default=str(ROOT / "docs" / "captions.png"))
+    parser.add_argument("--scheme", choices=["dark", "light"], default="dark")
+    parser.add_argument("--width", type=int, default=1280)
+    parser.add_argument("--height", type=int, default=640)
+    asyncio.run(run(parser.parse_args()))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
