@@ -5,7 +5,8 @@
 // talk.wav: 16 kHz, mono, 16 bit. Prints each word with its time in seconds. In an app:
 //
 //   import { Transcription } from "./client.js";
-//   const transcription = new Transcription(url, { key, onWord: (word) => ..., onStatus: (text) => ... });
+//   const transcription = new Transcription(url, { key, onWord, onTail, onStatus });
+//                                     // onWord({text, end}): final, end in seconds; onTail(text): may still change
 //   transcription.add(samples);       // Int16Array, 16 kHz mono, whenever there are some
 //   transcription.end();              // then the last words come
 //   await transcription.finished;     // throws Refused or Error, after the words before it
@@ -84,8 +85,8 @@ class Timeline {
 export class Transcription {
   #timeline = new Timeline(); #ended = false; #longest = 0; #pump = () => {}; #waiting = [];
 
-  constructor(url, { key, model, onWord = () => {}, onStatus = () => {} } = {}) {
-    Object.assign(this, { url, key, model, onWord, onStatus });
+  constructor(url, { key, model, onWord = () => {}, onTail = () => {}, onStatus = () => {} } = {}) {
+    Object.assign(this, { url, key, model, onWord, onTail, onStatus });
     this.finished = this.#run();
   }
 
@@ -131,7 +132,7 @@ export class Transcription {
     if (!reply.ok) throw new Error(`the server is not well (HTTP ${reply.status})`);
     const [served] = (await reply.json()).data;
     this.model ??= served.id;
-    this.#longest = Math.min(ROLLOVER, (served.max_model_len * FRAME) / 2);
+    this.#longest = Math.min(ROLLOVER, ((served.max_model_len ?? 4096) * FRAME) / 2);
   }
 
   /** One session: resolves where the next one should go on (or all is done), rejects where it was lost. */
@@ -174,6 +175,7 @@ export class Transcription {
         } else if (event.type === "transcription.delta") {
           const before = timeline.settled, age = timeline.frames * FRAME;
           this.#tell(timeline.understand(event.delta));
+          this.onTail(timeline.tail.map(({ text }) => text).join(""));
           if (finishing) return;
           if (age > this.#longest && timeline.settled > before) return resolve(); // rollover at a pause
           if (age > 1.8 * this.#longest) return cut(); // no pause: between two words

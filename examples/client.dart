@@ -1,0 +1,323 @@
+// A complete client of the realtime endpoint for Dart and Flutter (not for Flutter on the web: that is client.js's
+// part). The same design as client.js. See PROTOCOL.md.
+//
+//   dart pub add web_socket_channel                                     3.0 or newer
+//   dart run client.dart talk.wav [ws://HOST:8000/v1/realtime]          the key comes from VLLM_API_KEY
+//
+// talk.wav: 16 kHz, mono, 16 bit, with a header of 44 bytes. In an app:
+//
+//   final transcription = Transcription(Uri.parse(url), key: key, onWord: ..., onTail: ..., onStatus: ...);
+//   transcription.add(samples);         // Int16List, 16 kHz mono, whenever there are some
+//   transcription.end();                // then the last words come
+//   await transcription.finished;       // throws Refused or Lost, after the words before it
+import 'dart:async';
+import 'dart:convert';
+import 'dart:io';
+import 'dart:math';
+import 'dart:typed_data';
+
+import 'package:web_socket_channel/io.dart';
+
+const rate = 16000, frame = 1280, hop = 320; // samples: a second, one delta, one level reading
+const ahead = 5 * rate; // audio sent but not yet understood, at most: little to send again
+const piece = rate ~/ 4; // audio in one message, at most
+const settleAfter = 4 * frame; // a word's text comes within 0.32 s of its end
+const pause = 3 * frame; // silence wanted on either side of a settled point
+const rollover = 75 * rate; // a session gets slower with every frame: a new one at the next pause
+const stall = Duration(seconds: 20), giveUp = Duration(minutes: 2);
+
+/// The server will not do this, however often it is asked.
+class Refused implements Exception {
+  Refused(this.message);
+  final String message;
+  @override
+  String toString() => message;
+}
+
+/// The session is gone or was not granted: a new one may go on.
+class Lost implements Exception {
+  Lost(this.message, {this.busy = false});
+  final String message;
+  final bool busy;
+  @override
+  String toString() => message;
+}
+
+/// A word with its leading space. [at]: the sample of the whole input near which it ends.
+class Word {
+  Word(this.text, this.at);
+  String text;
+  final int at;
+  double get end => max(0, at) / rate; // seconds
+}
+
+/// What was heard, understood and settled. Positions are samples of the whole input, across all sessions.
+class Timeline {
+  int settled = 0, origin = 0, frames = 0, lastText = 0, _first = 0;
+  List<Word> tail = [];
+  Int16List _pcm = Int16List(0);
+  final List<double> _levels = [];
+
+  int get heard => _first + _pcm.length;
+  int get understood => origin + frames * frame;
+  Int16List audio(int from, int count) => Int16List.sublistView(_pcm, from - _first, from - _first + count);
+
+  void hear(Int16List samples) {
+    _pcm = Int16List(_pcm.length + samples.length)
+      ..setAll(0, _pcm)
+      ..setAll(_pcm.length, samples);
+    for (var at = _levels.length * hop; at + hop <= heard; at += hop) {
+      final power = audio(at, hop).fold(0.0, (sum, x) => sum + pow(x / 32768, 2)) / hop;
+      _levels.add(10 * log(power + 1e-10) / ln10);
+    }
+  }
+
+  /// A new session starts at the settled point; its words replace the tail.
+  void begin() {
+    origin = lastText = settled;
+    frames = 0;
+    tail = [];
+  }
+
+  /// Book one delta; return the words that are final now.
+  List<Word> understand(String text) {
+    frames += 1;
+    if (text.isNotEmpty) lastText = understood;
+    for (final match in RegExp(r'\s*\S+|\s+').allMatches(text)) {
+      final part = match[0]!;
+      if (part.trimLeft() != part || tail.isEmpty) {
+        tail.add(Word(part, understood - 3 * frame ~/ 2));
+      } else {
+        tail.last.text += part;
+      }
+    }
+    final point = min(understood - settleAfter, heard);
+    if (point <= settled || lastText > point || !_quiet(point - pause, point + pause)) return [];
+    return settle(point);
+  }
+
+  List<Word> settle(int point) {
+    final words = tail.where((word) => word.at <= point).toList();
+    tail = tail.sublist(words.length);
+    point = point.clamp(settled, heard).toInt();
+    _pcm = _pcm.sublist(point - _first);
+    _first = settled = point;
+    return words;
+  }
+
+  /// Is this silence? Measured against the noise and the speech of the last 30 s.
+  bool _quiet(int from, int to) {
+    final recent = _levels.sublist(max(0, _levels.length - 1500))..sort();
+    if (recent.isEmpty) return true;
+    final floor = recent[recent.length ~/ 10], loud = recent[recent.length * 95 ~/ 100];
+    final limit = [-65.0, loud - 35, floor + min(8, 0.4 * (loud - floor))].reduce(max);
+    final end = min(to ~/ hop, _levels.length), start = min(max(0, (from / hop).ceil()), end);
+    return _levels.getRange(start, end).every((level) => level <= limit);
+  }
+}
+
+/// One transcription over as many sessions as it takes.
+class Transcription {
+  Transcription(this.url, {this.key, this.model, required this.onWord, this.onTail, this.onStatus}) {
+    finished = _run();
+  }
+
+  final Uri url; // ws://HOST:8000/v1/realtime
+  final String? key;
+  String? model;
+  final void Function(Word word) onWord;
+  final void Function(String text)? onTail, onStatus;
+  late final Future<void> finished;
+
+  final _timeline = Timeline();
+  bool _ended = false;
+  int _longest = 0;
+  void Function() _pump = () {};
+  Completer<void> _change = Completer();
+
+  Map<String, String> get _headers => {if (key != null) 'Authorization': 'Bearer $key'};
+
+  void add(Int16List samples) {
+    _timeline.hear(samples);
+    _changed();
+  }
+
+  void end() {
+    _ended = true;
+    _changed();
+  }
+
+  /// Wait here before [add] if the audio can wait (a file); a microphone cannot.
+  Future<void> room() async {
+    while (_timeline.heard - _timeline.understood > 2 * ahead) {
+      await _change.future;
+    }
+  }
+
+  void _changed() {
+    _pump();
+    _change.complete();
+    _change = Completer();
+  }
+
+  Future<void> _run() async {
+    var failures = 0, since = DateTime.now();
+    while (true) {
+      final before = _timeline.settled;
+      while (_timeline.heard <= before && !_ended) {
+        await _change.future;
+      }
+      if (_timeline.heard <= before) return;
+      try {
+        _timeline.begin();
+        await _ask();
+        await _session();
+        failures = 0;
+      } on Lost catch (lost) {
+        if (_timeline.frames > 0 || lost.busy) failures = 0;
+        if (failures == 0) since = DateTime.now();
+        if (DateTime.now().difference(since) > giveUp) throw Lost('gave up: $lost');
+        onStatus?.call(lost.busy ? 'all sessions are taken: waiting for a free one' : '$lost; trying again');
+        if (!lost.busy) failures += 1;
+        final wait = lost.busy ? 2000 : min(8000, 250 << min(failures, 5));
+        await Future<void>.delayed(Duration(milliseconds: (wait * (0.5 + Random().nextDouble())).round()));
+      }
+    }
+  }
+
+  /// /v1/models tells a wrong key, the model's name and the longest session.
+  Future<void> _ask() async {
+    if (model != null && _longest > 0) return;
+    final path = url.path.replaceFirst(RegExp(r'/realtime/?$'), '/models');
+    final http = HttpClient()..connectionTimeout = const Duration(seconds: 10);
+    try {
+      final request = await http.getUrl(url.replace(scheme: url.isScheme('wss') ? 'https' : 'http', path: path));
+      _headers.forEach(request.headers.set);
+      final reply = await request.close();
+      if (reply.statusCode == 401 || reply.statusCode == 403) throw Refused('wrong API key (${reply.statusCode})');
+      if (reply.statusCode != 200) throw Lost('the server is not well (HTTP ${reply.statusCode})');
+      final served = (jsonDecode(await utf8.decodeStream(reply)) as Map)['data'][0] as Map;
+      model ??= served['id'] as String;
+      _longest = min(rollover, ((served['max_model_len'] as int?) ?? 4096) * frame ~/ 2);
+    } on IOException {
+      throw Lost('$url: no server answers there');
+    } finally {
+      http.close(force: true);
+    }
+  }
+
+  /// One session: returns where the next one should go on (or all is done), throws Lost or Refused.
+  Future<void> _session() async {
+    final timeline = _timeline, over = Completer<void>();
+    final channel = IOWebSocketChannel.connect(url,
+        headers: _headers, pingInterval: const Duration(seconds: 20), connectTimeout: const Duration(seconds: 10));
+    try {
+      await channel.ready;
+    } on Exception catch (error) {
+      throw Lost('no connection ($error)');
+    }
+    var sent = timeline.settled, finishing = false, started = false, answered = DateTime.now();
+    void send(String type, [Map<String, Object?> fields = const {}]) =>
+        channel.sink.add(jsonEncode({'type': type, ...fields}));
+    void finish() {
+      if (!over.isCompleted) over.complete();
+    }
+
+    void fail(Exception error) {
+      if (!over.isCompleted) over.completeError(error);
+    }
+
+    void tell(List<Word> words) => words.forEach(onWord);
+    void cut() {
+      // where it stands, for want of a pause
+      tell(timeline.settle(timeline.understood - settleAfter));
+      finish();
+    }
+
+    _pump = () {
+      while (started && !finishing) {
+        final count = [piece, timeline.understood + ahead - sent, timeline.heard - sent].reduce(min);
+        if (count <= 0) break;
+        final bytes = Uint8List.sublistView(timeline.audio(sent, count));
+        sent += count;
+        send('input_audio_buffer.append', {'audio': base64Encode(bytes)});
+      }
+      if (started && _ended && !finishing && sent >= timeline.heard) {
+        finishing = true;
+        send('input_audio_buffer.commit', {'final': true});
+      }
+    };
+    void receive(dynamic message) {
+      if (over.isCompleted) return;
+      final event = jsonDecode(message as String) as Map<String, dynamic>;
+      answered = DateTime.now();
+      switch (event['type']) {
+        case 'session.created':
+          send('session.update', {'model': model});
+          send('input_audio_buffer.commit');
+          started = true;
+        case 'transcription.delta':
+          final before = timeline.settled, age = timeline.frames * frame;
+          tell(timeline.understand(event['delta'] as String));
+          onTail?.call(timeline.tail.map((word) => word.text).join());
+          if (finishing) break;
+          if (age > _longest && timeline.settled > before) return finish(); // rollover at a pause
+          if (age > 1.8 * _longest) return cut(); // no pause: between two words
+        case 'transcription.done':
+          if (timeline.frames == 0) return fail(Lost('the server ended the session without a word'));
+          if (!finishing || timeline.understood < timeline.heard + rate ~/ 4) return cut(); // the limit came first
+          tell(timeline.settle(timeline.understood));
+          return finish();
+        case 'error':
+          final text = event['error'] as String;
+          if (event['code'] != 'processing_error') return fail(Refused('${event['code']}: $text'));
+          return fail(Lost(text, busy: text.contains('currently busy')));
+      }
+      _changed();
+    }
+
+    channel.stream.listen(receive,
+        onError: (Object error) => fail(Lost('connection lost ($error)')),
+        onDone: () => fail(Lost('connection lost (${channel.closeCode} ${channel.closeReason ?? ''})')));
+    final watch = Timer.periodic(const Duration(seconds: 1), (_) {
+      if (sent - timeline.understood < 3 * rate && !finishing) answered = DateTime.now(); // nothing to work on
+      if (DateTime.now().difference(answered) > stall) fail(Lost('no answer for 20 s'));
+    });
+    try {
+      await over.future;
+    } finally {
+      watch.cancel();
+      _pump = () {};
+      unawaited(channel.sink.close());
+    }
+  }
+}
+
+Future<void> main(List<String> arguments) async {
+  if (arguments.isEmpty) {
+    stderr.writeln('usage: dart run client.dart talk.wav [ws://HOST:8000/v1/realtime]');
+    exit(2);
+  }
+  final url = Uri.parse(arguments.length > 1 ? arguments[1] : 'ws://localhost:8000/v1/realtime');
+  final transcription = Transcription(url,
+      key: Platform.environment['VLLM_API_KEY'],
+      onWord: (word) => stdout.writeln('${word.end.toStringAsFixed(2).padLeft(8)} ${word.text}'),
+      onStatus: stderr.writeln);
+  final samples = Int16List.sublistView((await File(arguments[0]).readAsBytes()).sublist(44));
+  Future<void> send() async {
+    for (var from = 0; from < samples.length; from += rate ~/ 10) {
+      await transcription.room();
+      transcription.add(samples.sublist(from, min(from + rate ~/ 10, samples.length)));
+    }
+    transcription.end();
+    await transcription.finished;
+  }
+
+  try {
+    await Future.any([send(), transcription.finished]);
+  } on Exception catch (error) {
+    stderr.writeln('error: $error');
+    exitCode = 1;
+  }
+  exit(exitCode);
+}
