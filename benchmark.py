@@ -244,12 +244,12 @@ async def limit(benchmark: Benchmark) -> dict:
     most = await find_limit(measure, benchmark.options.streams[0])
     by = reasons[min(streams for streams in reasons if streams > most)]
     text = {
-        "lag": f"with more, the last quarter's p95 is over {max_lag:.0f} ms",
-        "MAX_NUM_SEQS": "the server grants no more sessions; start it with a larger MAX_NUM_SEQS",
-        "broken streams": "with more, streams broke off",
-        "client": "this client is too slow to say whether the server could hold more",
+        "lag": f"the last quarter's p95 is over {max_lag:.0f} ms",
+        "MAX_NUM_SEQS": "the server grants no more sessions (start it with a larger MAX_NUM_SEQS)",
+        "broken streams": "streams break off",
+        "client": "this client is too slow to say what the server can",
     }[by]
-    benchmark.screen.write(f"{most} live streams held: {text}\n")
+    benchmark.screen.write(f"{most} live streams held; with {min(n for n in reasons if n > most)}, {text}\n")
     return {"limit": most, "limited_by": by, "max_lag_ms": max_lag}
 
 
@@ -257,6 +257,8 @@ async def main_loop(options: argparse.Namespace) -> int:
     """Run what was asked for and return the exit code."""
     for path in options.audio:
         AudioFile(path)  # says at once what is wrong
+    if options.plot:
+        Path(options.plot).touch()  # says at once if it cannot be written
     found = {}
     with Screen() as screen:
         benchmark = Benchmark(options, screen)
