@@ -38,6 +38,9 @@ class ServerProcess:
             "PORT": str(self.port),
             "QUANTIZATION": "none",
             "CPU_KVCACHE_GB": "1",
+            # One thread is enough for so small a model, and vLLM would tie those of all servers to the same core.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": "1",
             "HF_HUB_OFFLINE": "1",
             **environment,
         }
