@@ -4,10 +4,11 @@
 export function obstacle() {
   if (!isSecureContext) {
     return "This page came over plain http from another machine, and browsers give such pages no microphone. "
-      + "Give the server a certificate and open the page with https:// (README: “Captions in a browser”); on the server's "
-      + `own screen http://localhost:${location.port || 80}${location.pathname} works as it is.`;
+      + "Give the server a certificate and open the page with https:// (README: “Captions in a browser”); on the "
+      + `server's own screen http://localhost:${location.port || 80}${location.pathname} works as it is.`;
   }
-  return navigator.mediaDevices?.getUserMedia && window.AudioWorkletNode ? "" : "This browser cannot record sound: update it.";
+  if (navigator.mediaDevices?.getUserMedia && window.AudioWorkletNode) return "";
+  return "This browser cannot record sound: update it.";
 }
 
 /** The microphones: [{deviceId, label}]. Labels are empty until the user has allowed the page to listen. */
@@ -19,10 +20,15 @@ export async function microphones() {
 /** What an exception of `Microphone.open` means. */
 export function explain(error) {
   switch (error.name) {
-    case "NotAllowedError": return "The browser was told not to let this page use the microphone: allow it beside the address.";
-    case "NotFoundError": case "OverconstrainedError": return "No microphone was found.";
-    case "NotReadableError": return "The microphone is in use by another program, or the system does not give it away.";
-    default: return `The microphone cannot be used (${error.message || error.name}).`;
+    case "NotAllowedError":
+      return "The browser was told not to let this page use the microphone: allow it beside the address.";
+    case "NotFoundError":
+    case "OverconstrainedError":
+      return "No microphone was found.";
+    case "NotReadableError":
+      return "The microphone is in use by another program, or the system does not give it away.";
+    default:
+      return `The microphone cannot be used (${error.message || error.name}).`;
   }
 }
 
@@ -56,7 +62,9 @@ export class Microphone {
     recorder.port.onmessage = ({ data }) => this.on.audio(data.samples, data.level);
     source.connect(recorder);
     // A telephone call on a phone, for one, suspends it.
-    context.onstatechange = () => context.state !== "closed" && context.state !== "running" && context.resume().catch(() => {});
+    context.onstatechange = () => {
+      if (!["closed", "running"].includes(context.state)) context.resume().catch(() => {});
+    };
     await context.resume();
   }
 

@@ -209,7 +209,8 @@ async function listDevices() {
   const found = (await microphones()).filter(({ deviceId }) => deviceId !== "default");
   const chosen = $("device").value;
   const first = $("device").options[0];
-  $("device").replaceChildren(first, ...found.map(({ deviceId, label }, i) => new Option(label || `microphone ${i + 1}`, deviceId)));
+  const others = found.map(({ deviceId, label }, i) => new Option(label || `microphone ${i + 1}`, deviceId));
+  $("device").replaceChildren(first, ...others);
   $("device").value = found.some(({ deviceId }) => deviceId === chosen) ? chosen : "";
 }
 

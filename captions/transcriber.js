@@ -53,7 +53,7 @@ class Session {
     const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
     this.socket = key ? new WebSocket(url, ["voxtral", `key.${hex}`]) : new WebSocket(url);
     this.socket.onmessage = (event) => this.#put(JSON.parse(event.data));
-    this.socket.onclose = ({ code, reason }) => this.#put(new Lost(`connection lost (${code} ${reason})`.replace(" )", ")")));
+    this.socket.onclose = ({ code, reason }) => this.#put(new Lost(`connection lost (${`${code} ${reason}`.trim()})`));
   }
 
   #put(item) { this.#queue.push(item); this.#wake(); }
@@ -92,8 +92,6 @@ function base64(samples) {
   return btoa(String.fromCharCode(...new Uint8Array(samples.buffer)));
 }
 
-const sleep = (seconds) => new Promise((resolve) => setTimeout(resolve, 1000 * seconds));
-
 /**
  * Words with times of what a microphone hears, whatever happens to the sessions underneath.
  * `on.state(state, message)`: "connecting", "listening", "waiting". `on.words(words)`: settled, each once.
@@ -109,6 +107,7 @@ export class Transcriber {
   #session = null;
   #lastDelta = 0;
   #patience = RUT_SECONDS;
+  #wake = () => {};
 
   constructor(base, key, on) { this.#base = base; this.#key = key; this.#on = on; }
 
@@ -127,7 +126,12 @@ export class Transcriber {
   end() { this.#ended = true; this.#feed(); }
 
   /** Do not wait for the last words. */
-  stop() { this.#ended = this.#stopped = true; this.#session?.close(); }
+  stop() { this.#ended = this.#stopped = true; this.#session?.close(); this.#wake(); }
+
+  /** Wait, but not beyond `stop`. */
+  #sleep(seconds) {
+    return new Promise((resolve) => { this.#wake = resolve; setTimeout(resolve, 1000 * seconds); });
+  }
 
   /** Run one session after the other until the input is understood. Throws Refused. */
   async run() {
@@ -135,7 +139,7 @@ export class Transcriber {
     this.#on.state("connecting", "");
     while (!this.#stopped && !(this.#ended && this.timeline.heard <= this.timeline.settled)) {
       if (this.timeline.heard <= this.timeline.settled) { // a session without audio would only hold its slot
-        await sleep(0.1);
+        await this.#sleep(0.1);
         continue;
       }
       try {
@@ -146,12 +150,13 @@ export class Transcriber {
       } catch (error) {
         if (!(error instanceof Lost)) throw error;
         this.#on.words(this.timeline.take());
-        this.#on.state("waiting", error.busy ? `${error.message}: waiting for a free one` : `${error.message}; trying again`);
+        this.#on.state("waiting", `${error.message}${error.busy ? ": waiting for a free one" : "; trying again"}`);
         failures += error.busy ? 0 : 1;
-        await sleep(error.busy ? 1 + 2 * Math.random() : Math.min(8, 0.25 * 2 ** failures) * (0.5 + Math.random()));
+        await this.#sleep(error.busy ? 1 + 2 * Math.random() : Math.min(8, 0.25 * 2 ** failures) * (0.5 + Math.random()));
       }
     }
-    if (this.#stopped) this.#on.words([...this.timeline.take(), ...this.timeline.tail.splice(0)]); // nothing replaces it now
+    this.#on.words(this.timeline.take());
+    if (this.#stopped) this.#on.words(this.timeline.tail.splice(0)); // nothing replaces it any more
     this.#on.tail([]);
   }
 
@@ -200,7 +205,8 @@ export class Transcriber {
     const event = await session.receive(500);
     if (timeline.understood < timeline.settled) return false; // the audio it is working on was dropped
     if (event === null) {
-      if (this.#sent - timeline.understood < MAX_DELAY && !this.#ended) this.#lastDelta = Date.now(); // nothing to work on
+      const starved = this.#sent - timeline.understood < MAX_DELAY && !this.#ended; // it has nothing to work on
+      if (starved) this.#lastDelta = Date.now();
       if (Date.now() - this.#lastDelta > 1000 * STALL_SECONDS) throw new Lost(`no answer for ${STALL_SECONDS} s`);
       return true;
     }

@@ -265,7 +265,7 @@ def test_client_that_paused_goes_on(locked, speech):
 
 
 def test_pages_of_other_sites_are_refused(server):
-    """And over plain http from another machine there is no microphone: the page explains it."""
+    """A page that came through the proxy is, by its port, from another site than the server itself."""
     connect = """url => new Promise(resolve => {
       const socket = new WebSocket(url);
       socket.onopen = () => resolve("open");
@@ -273,12 +273,20 @@ def test_pages_of_other_sites_are_refused(server):
     })"""
 
     async def run() -> None:
+        async with Proxy(server.port) as proxy, browsing() as page:
+            await page.goto(address(proxy).replace("captions/", "health"))
+            assert await asyncio.wait_for(page.evaluate(connect, server.url), 30) == 1006
+            assert await asyncio.wait_for(page.evaluate(connect, proxy.url), 30) == "open"
+
+    asyncio.run(run())
+
+
+def test_plain_http_from_another_machine_is_explained(server):
+    async def run() -> None:
         async with browsing() as page:
             await page.goto(address(server, ELSEWHERE))
             await expect(page.locator("#message")).to_contain_text("https://")
             assert await page.locator("#start").is_disabled()
-            assert await page.evaluate(connect, server.url) == 1006
-            assert await page.evaluate(connect, server.url.replace("127.0.0.1", ELSEWHERE)) == "open"
 
     asyncio.run(run())
 
