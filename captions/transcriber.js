@@ -152,7 +152,8 @@ export class Transcriber {
         this.#on.words(this.timeline.take());
         this.#on.state("waiting", `${error.message}${error.busy ? ": waiting for a free one" : "; trying again"}`);
         failures += error.busy ? 0 : 1;
-        await this.#sleep(error.busy ? 1 + 2 * Math.random() : Math.min(8, 0.25 * 2 ** failures) * (0.5 + Math.random()));
+        const wait = error.busy ? 2 : Math.min(8, 0.25 * 2 ** failures);
+        await this.#sleep(wait * (0.5 + Math.random()));
       }
     }
     this.#on.words(this.timeline.take());
