@@ -182,7 +182,7 @@ export class Transcription {
         } else if (event.type === "transcription.done") {
           if (!timeline.frames) return reject(new Error("the server ended the session without a word"));
           if (!finishing || timeline.understood < timeline.heard + RATE / 4) return cut(); // the limit came first
-          this.#tell(timeline.settle(Infinity));
+          this.#tell(timeline.settle(timeline.understood)); // everything: that lies behind the end
           return resolve();
         } else if (event.type === "error") {
           if (event.code !== "processing_error") return reject(new Refused(`${event.code}: ${event.error}`));

@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import re
+import signal
 import socket
 import struct
 import subprocess
@@ -419,8 +420,10 @@ def test_engine_dies(small):
     """Last for this server: an error, then 1012, and nobody answers any more."""
     with Client(small.url, UPDATE, START, append(bytes(32000)), additional_headers=bearer("sesame")) as client:
         client.receive()
-        engine = subprocess.check_output(["pgrep", "-P", str(small.process.pid), "-f", "EngineCore"], text=True)
-        subprocess.run(["kill", "-9", *engine.split()], check=True)
+        tasks = Path(f"/proc/{small.process.pid}/task").glob("*/children")
+        children = " ".join(children.read_text() for children in tasks).split()
+        (engine,) = (pid for pid in children if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text())
+        os.kill(int(engine), signal.SIGKILL)
         _, event = client.finish()
         assert (event["code"], event["error"][:10]) == ("processing_error", "EngineCore")
         assert client.ended().rcvd.code == 1012
