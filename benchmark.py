@@ -189,7 +189,8 @@ async def run_jobs(jobs: list[dict]) -> list[dict]:
     """Run each job in a process of its own, all from the same moment; return their results."""
     command = [sys.executable, "-m", "voxtral_client.load"]
     pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "cwd": HERE}
-    workers = [await asyncio.create_subprocess_exec(*command, **pipes) for _ in jobs]
+    # In sessions of their own Ctrl+C does not reach them while they start.
+    workers = [await asyncio.create_subprocess_exec(*command, **pipes, start_new_session=True) for _ in jobs]
     try:
         for worker, job in zip(workers, jobs, strict=True):
             worker.stdin.write(json.dumps(job).encode() + b"\n")

@@ -107,7 +107,7 @@ class Stream:
                 return
             if item is not None:
                 self.arrived.append(clock())
-            elif ended is None and clock() - max([self.start, *self.arrived[-1:]]) > self.give_up_after:
+            elif clock() - max([self.start, *self.arrived[-1:]]) > self.give_up_after:
                 raise Lost(f"no answer for {self.give_up_after:.0f} s")
             if ended is not None and self.paced and clock() - ended > PATIENCE:
                 return
