@@ -80,7 +80,7 @@ setInterval(showTimes, 200);
 function enable() {
   for (const id of ["copy", "text", "srt"]) $(id).disabled = !words.length;
   $("clear").disabled = !words.length || running !== null;
-  $("hint").hidden = words.length > 0 || running !== null;
+  $("hint").hidden = words.length > 0 || running !== null || $("start").disabled;
   $("start").textContent = !running ? "Start" : running.stopping ? "Stop at once" : "Stop";
   $("start").classList.toggle("running", running !== null);
 }
@@ -95,6 +95,7 @@ async function greet() {
     if (key) sessionStorage.setItem("key", key);
     $("access").hidden = true;
     $("start").disabled = false;
+    enable();
     state("ready");
     say("");
   } catch (error) {
@@ -112,6 +113,7 @@ function refuse(error) {
   sessionStorage.removeItem("key");
   key = "";
   $("start").disabled = true;
+  enable();
   $("access").hidden = false;
   $("key").select();
   $("key").focus();
@@ -289,7 +291,6 @@ enable();
 if (obstacle()) {
   state("refused", "no microphone");
   say(obstacle(), "bad");
-  $("hint").hidden = true;
 } else {
   listDevices();
   navigator.mediaDevices.addEventListener("devicechange", () => listDevices().then(() => running?.gone && change()));
