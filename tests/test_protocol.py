@@ -409,7 +409,6 @@ def test_javascript_rolls_over(small, recording, undisturbed):
     assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", "error: wrong API key (HTTP 401)\n")
 
 
-@pytest.mark.skipif(not (ROOT / "vllm_plugin" / "voxtral_web").exists(), reason="the guard is not there")
 def test_javascript_with_the_key_as_a_browser_brings_it(small, recording, undisturbed):
     as_browser = ("--import", "data:text/javascript,globalThis.window={}")
     result = node(small.url, recording[0], key="sesame", options=as_browser)
