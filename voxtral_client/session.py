@@ -137,6 +137,7 @@ class Server:
                 additional_headers=self.headers,
                 ssl=self.tls,
                 max_size=None,  # `done` repeats the whole text
+                compression=None,  # base64 of sound hardly shrinks, and deflating costs both sides time
                 close_timeout=1,
                 open_timeout=10,
             )
