@@ -346,7 +346,7 @@ def test_page_needs_no_key_and_leads_nowhere_else(locked):
 
 
 def test_refuses_nonsense_before_the_start():
-    command = ["env", f"MODEL={CHECKPOINT}", "HOST=127.0.0.1", "PORT=0", "SESSION_IDLE_MINUTES=ten", "./serve.sh"]
+    command = ["env", f"MODEL={CHECKPOINT}", "HOST=127.0.0.1", "SESSION_IDLE_MINUTES=ten", "./serve.sh"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
     assert "SESSION_IDLE_MINUTES=ten" in result.stderr
