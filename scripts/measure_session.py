@@ -10,6 +10,7 @@ Prints a line for each minute of audio (mean and median milliseconds a frame in 
 import argparse
 import itertools
 import json
+import os
 import statistics
 import sys
 import time
@@ -49,9 +50,9 @@ async def measure(options: argparse.Namespace) -> int:
         sys.stdout.flush()
 
     transcriber.timeline.understand = timed
-    words = [word.text async for word in transcriber.words(stream(blocks))]
-    if options.text:
-        options.text.write_text("".join(words).strip() + "\n")
+    with open(options.text or os.devnull, "w") as text:
+        async for word in transcriber.words(stream(blocks)):
+            print(word.text, end="", file=text, flush=True)
     means = [round(statistics.fmean(took), 2) for _, took in sorted(minutes.items())]
     budget = 1000 * FRAME / RATE
     print(json.dumps({"sessions": transcriber.timeline.session, "ms_per_frame": means, "real_time_ms": budget}))
