@@ -16,7 +16,7 @@ MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEM
 server=$!
 trap 'kill -- -$server 2> /dev/null || true; wait $server 2> /dev/null || true; rm -f "$log"' EXIT
 echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (half a minute to two)" >&2
-until $python -c "import urllib.request as r; r.urlopen('http://127.0.0.1:$port/health')" 2> /dev/null; do
+until (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do # vLLM listens when all is ready
   kill -0 $server 2> /dev/null || { tail -n 20 "$log" >&2; echo "error: the server ended; its last lines are above" >&2; exit 1; }
   sleep 0.5
 done
