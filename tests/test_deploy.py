@@ -1,6 +1,7 @@
 """deploy/nginx.conf: nginx itself in front of two real servers."""
 
 import asyncio
+import json
 import re
 import shutil
 import subprocess
@@ -8,6 +9,7 @@ import time
 import urllib.request
 
 import pytest
+import websockets
 from conftest import ROOT, ServerProcess, free_port
 from speech import talk, write
 
@@ -66,6 +68,21 @@ async def transcribe(url: str, path, told: list[str], realtime: bool = True) -> 
     await transcriber.open()
     chunks = stream(AudioFile(path).blocks(), realtime)
     return "".join([word.text async for word in transcriber.words(chunks)])
+
+
+def test_browser_is_let_in(balancer):
+    """The captions page behind nginx: its Origin is nginx's address, which must reach the server as Host."""
+
+    async def greeting(origin: str) -> str:
+        headers = {"Authorization": "Bearer secret"}
+        async with websockets.connect(balancer, origin=origin, additional_headers=headers) as socket:
+            return json.loads(await socket.recv())["type"]
+
+    here = balancer.replace("ws:", "http:").removesuffix("/v1/realtime")
+    for _ in range(2):  # one server each
+        assert asyncio.run(greeting(here)) == "session.created"
+    with pytest.raises(websockets.InvalidStatus, match="403"):
+        asyncio.run(greeting("https://elsewhere.example"))
 
 
 def test_streams_spread_and_survive_a_server(server, second, balancer, tmp_path):
