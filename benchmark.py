@@ -91,11 +91,8 @@ class Benchmark:
     async def open(self) -> None:
         """Ask the server what it is, and make it warm. Raises Refused or Lost."""
         server, options = server_from(self.options), self.options
-        known = {model["id"]: model for model in await server.models()}
-        self.model = options.model or next(iter(known), "")
-        if self.model not in known:
-            raise Refused(f"the server has no model {self.model}; it serves {', '.join(known) or 'none'}")
-        tokens = known[self.model]["max_model_len"]
+        model = await server.model(options.model)
+        self.model, tokens = model["id"], model["max_model_len"]
         longest = int((tokens - RESERVED) * FRAME / 16_000 - ramp(max(options.streams))) if tokens else 10**9
         if options.duration > longest:
             raise Refused(

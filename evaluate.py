@@ -75,17 +75,13 @@ def table(files: list[dict], worst: int) -> str:
     shown = [entry for entry in ranked[:worst] if sum(entry[kind] for kind in errors.KINDS)]
     text = ""
     for entry in shown:
-        text += f"{HEAD if not text else ''}{row(entry['name'], entry)}{errors.alignment(*texts(entry))}\n\n"
+        aligned = errors.alignment(entry["reference"], entry["hypothesis"])
+        text += f"{HEAD if not text else ''}{row(entry['name'], entry)}{aligned}\n\n"
     text += HEAD
     by_group = errors.groups(files)
     for group, entries in by_group.items() if len(by_group) > 1 else ():
         text += row(group, errors.add(entries))
     return text + row(f"all {len(files)} recordings", errors.add(files))
-
-
-def texts(entry: dict) -> tuple[str, str]:
-    """Return a file's normalised reference and hypothesis."""
-    return entry["reference"], entry["hypothesis"]
 
 
 async def evaluate(options: argparse.Namespace) -> int:
@@ -148,7 +144,7 @@ async def evaluate(options: argparse.Namespace) -> int:
         if failed:
             screen.say(f"{len(failed)} of {len(corpus)} recordings failed and are not counted")
         if options.json and files:
-            model = options.model or (await server.models())[0]["id"]
+            model = (await server.model(options.model))["id"]
             about = {"corpus": options.corpus, "model": model, "normalize": name, "failed": len(failed)}
             kept = about | {"all": errors.add(files), "files": files}
             Path(options.json).write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")

@@ -90,6 +90,16 @@ class Server:
         self._models = self._models or await asyncio.to_thread(self._get_models, url)
         return self._models
 
+    async def model(self, name: str | None = None) -> dict:
+        """Return the entry of `models` for `name`, by default the first. Raises Refused where there is none, Lost."""
+        known = {entry["id"]: entry for entry in await self.models()}
+        if not known:
+            raise Refused(f"{self.url}: the server serves no model")
+        name = name or next(iter(known))
+        if name not in known:
+            raise Refused(f"the server has no model {name}; it serves {', '.join(known)}")
+        return known[name]
+
     def _get_models(self, url: str) -> list[dict]:
         request = urllib.request.Request(url, headers=self.headers)
         try:

@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 
 from .audio import RATE
-from .session import FRAME, Done, Lost, Refused, Server, Session
+from .session import FRAME, Done, Lost, Server, Session
 from .timeline import UNANSWERED_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
@@ -92,14 +92,8 @@ class Transcriber:
     async def open(self) -> None:
         """Ask the server what it serves. Raises Refused or Lost where it cannot be used."""
         self._notify("CONNECTING", "")
-        models = await self._server.models()
-        known = {m["id"]: m for m in models}
-        if not known:
-            raise Refused(f"{self._server.url}: the server serves no model")
-        self._model = self._model or models[0]["id"]
-        if self._model not in known:
-            raise Refused(f"the server has no model {self._model}; it serves {', '.join(known)}")
-        tokens = known[self._model]["max_model_len"]
+        model = await self._server.model(self._model)
+        self._model, tokens = model["id"], model["max_model_len"]
         if self._session_limit is None:
             self._session_limit = max(tokens - PROMPT_TOKENS, tokens // 2) * FRAME / RATE if tokens else 2400.0
 
