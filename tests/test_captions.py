@@ -44,9 +44,7 @@ def locked(tmp_path_factory):
     """A server with TLS, a key, a single slot, sessions that may idle for 6 s, and a middleware of the user's own."""
     folder = tmp_path_factory.mktemp("locked")
     key, certificate = folder / "key.pem", folder / "certificate.pem"
-    name = ["-subj", "/CN=localhost", "-addext", "subjectAltName=DNS:localhost,IP:127.0.0.1"]
-    command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2", *name]
-    subprocess.run([*command, "-keyout", key, "-out", certificate], check=True, capture_output=True)
+    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
     options = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)]
     options += ["--middleware", "starlette.middleware.gzip.GZipMiddleware"]
     settings = {"SESSION_IDLE_MINUTES": str(IDLE_SECONDS / 60), "ALLOWED_ORIGINS": FRIEND, "MAX_NUM_SEQS": "1"}

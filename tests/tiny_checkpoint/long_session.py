@@ -12,11 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from measure import RATE, clips_by_voice, utterance
 from model import Model, mel_filters
 from safetensors.torch import load_file
 from train import distance, read
-
-from evaluate import RATE, clips_by_voice, utterance
 
 
 def main() -> None:

@@ -1,7 +1,7 @@
 """Word error rates, word times and false alarms of a checkpoint, measured on a running vLLM server.
 
-    python evaluate.py CLIPS [--url ws://127.0.0.1:8000/v1/realtime] [--model NAME]
-    python evaluate.py CLIPS --write FOLDER     the same sentences as files, for ../../evaluate.py
+    python measure.py CLIPS [--url ws://127.0.0.1:8000/v1/realtime] [--model NAME]
+    python measure.py CLIPS --write FOLDER     the same sentences as files, for ../../evaluate.py
 
 CLIPS is the folder that make_data.py filled. Each voice reads its words in a new random order, with pauses of 0.1 to
 0.6 s, 60 dB above a faint noise. A word's time is the moment to which its first piece belongs, 0.08 (frame + 1) s;
