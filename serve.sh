@@ -43,6 +43,7 @@ export MAX_MODEL_LEN=${MAX_MODEL_LEN:-32768}
 export GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.90} MAX_NUM_SEQS=${MAX_NUM_SEQS:-8}
 export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-512} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
 export SESSION_IDLE_MINUTES=${SESSION_IDLE_MINUTES:-10} ALLOWED_ORIGINS=${ALLOWED_ORIGINS:-}
+export PYTHONDONTWRITEBYTECODE= # where it is set (Docker images do), vLLM compiles all its modules at each start: 25 s more
 name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")
 

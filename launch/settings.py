@@ -20,8 +20,8 @@ OPTIONS = {
     "--api-key": "API_KEY",
     "--kv-cache-dtype": "KV_CACHE_DTYPE",
 }
-NUMBERS = {"PORT": int, "MAX_MODEL_LEN": int, "MAX_NUM_SEQS": int, "MAX_NUM_BATCHED_TOKENS": int}
-NUMBERS |= {"GPU_MEMORY_UTILIZATION": float, "CPU_KVCACHE_GB": float, "SESSION_IDLE_MINUTES": float}
+WHOLE = ("PORT", "MAX_MODEL_LEN", "MAX_NUM_SEQS", "MAX_NUM_BATCHED_TOKENS", "CPU_KVCACHE_GB")
+NUMBERS = dict.fromkeys(WHOLE, int) | {"GPU_MEMORY_UTILIZATION": float, "SESSION_IDLE_MINUTES": float}
 
 
 class Settings:
@@ -42,7 +42,8 @@ class Settings:
             except ValueError:
                 fits = False
             if not fits and variable not in self._given:
-                raise Stop(f"{variable}={text}: a number {least} is wanted", 2)
+                whole = "whole " if kind is int else ""
+                raise Stop(f"{variable}={text}: a {whole}number {least} is wanted", 2)
         seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
         if seqs and tokens and tokens < seqs:
             raise Stop(f"MAX_NUM_BATCHED_TOKENS={tokens:.0f} is less than MAX_NUM_SEQS={seqs:.0f}: make it as much", 2)

@@ -194,6 +194,7 @@ def test_wrong_settings(launch, tmp_path):
     model = {"MODEL": str(CHECKPOINT)}
     refused(launch("--tokenizer", "x", **model, TRANSCRIPTION_DELAY_MS="960"), "--tokenizer", code=2)
     refused(launch(**model, PORT="eighty"), "PORT=eighty", code=2)
+    refused(launch(**model, CPU_KVCACHE_GB="1.5"), "CPU_KVCACHE_GB=1.5: a whole number", code=2)
     refused(launch(**model, MAX_NUM_SEQS="600", MAX_NUM_BATCHED_TOKENS="512"), "MAX_NUM_BATCHED_TOKENS", code=2)
     refused(launch(**model, HOST="192.0.2.99"), "192.0.2.99", "an address of this machine")
 
