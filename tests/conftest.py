@@ -15,6 +15,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_checkpoint"))
 sys.path.insert(0, str(ROOT))
+os.environ.pop("VLLM_API_KEY", None)  # the README tells to export it
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 
 

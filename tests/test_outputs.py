@@ -188,7 +188,8 @@ def test_standard_input(server):
     ("arguments", "message"),
     [
         (["x.wav", "-o", "y.doc"], "cannot tell the format"),
-        (["x.wav", "-o", "y.srt", "-f", "srt", "-f", "vtt"], "name a folder"),
+        (["x.wav", "-o", "out"], "or in / for a folder"),
+        (["x.wav", "-o", "y.srt", "-f", "srt", "-f", "vtt"], "write a folder with /"),
         (["x.wav", "--skip-existing"], "--format or --output"),
         (["x.wav", "--raw", "16000"], "goes with -"),
         (["x.wav", "--parallel", "0"], "1 or more"),

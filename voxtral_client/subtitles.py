@@ -5,6 +5,7 @@ broadcast guidelines: two lines of 42 characters, 1 to 7 seconds.
 """
 
 import json
+import os
 import sys
 import textwrap
 from dataclasses import asdict
@@ -191,9 +192,9 @@ class Outputs:
 
     def __init__(self, output: str | None, formats: list[str] | None):
         self._output, self._formats = output, formats or []
-        self.one_file = output not in (None, "-") and not (Path(output).is_dir() or output.endswith("/"))
+        self.one_file = output not in (None, "-") and not (Path(output).is_dir() or output.endswith(("/", os.sep)))
         if len(self._formats) > 1 and (self.one_file or output == "-"):
-            raise ValueError(f"{output}: one place for {len(self._formats)} formats; name a folder")
+            raise ValueError(f"{output}: one place for {len(self._formats)} formats; write a folder with / at its end")
         if self.one_file and not self._formats and format_of(output) is None:
             raise ValueError(unknown_ending(output))
 
@@ -255,4 +256,5 @@ def format_of(path: str | Path) -> str | None:
 
 def unknown_ending(path: str | Path) -> str:
     """Return what to tell a user whose file name says no format."""
-    return f"{path}: cannot tell the format; end the name in {', '.join('.' + name for name in FORMATS)}"
+    endings = ", ".join("." + name for name in FORMATS)
+    return f"{path}: cannot tell the format; end the name in {endings}, or in / for a folder"
