@@ -219,6 +219,7 @@ function* pieces(file) {
 
 async function main([path, url = "ws://localhost:8000/v1/realtime"]) {
   const { readFile } = await import("node:fs/promises");
+  if (!globalThis.WebSocket) throw new Error(`Node 22 or newer is needed for its WebSocket; this is ${process.version}`);
   const transcription = new Transcription(url, {
     key: process.env.VLLM_API_KEY,
     onWord: ({ text, end }) => console.log(`${end.toFixed(2).padStart(8)} ${text}`),
