@@ -47,7 +47,7 @@ export class Microphone {
     } catch (error) {
       await this.context.close();
       if (error.name !== "NotSupportedError") throw error;
-      await this.#connect(new AudioContext()); // Firefox: only the device's own rate (bugzilla 1674892)
+      await this.#connect(new AudioContext()); // older Firefox: only the device's own rate (bugzilla 1674892)
     }
     const [track] = this.stream.getAudioTracks();
     this.label = track.label;

@@ -1,5 +1,5 @@
 // AudioWorklet: what the microphone gives, as blocks of 80 ms of PCM16 at 16 kHz mono, with their level.
-// Where the context runs at another rate (Firefox: that of the device), the sound is filtered and resampled here.
+// Where the context runs at another rate (older Firefox: that of the device), the sound is filtered and resampled here.
 
 const RATE = 16000;
 const BLOCK = 1280;

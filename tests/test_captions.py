@@ -1,4 +1,4 @@
-"""The captions page in Chromium, hearing a spoken file, against real servers; and the guard of the WebSocket."""
+"""The captions page in Chromium and Firefox, hearing speech, against real servers; and the guard of the WebSocket."""
 
 import asyncio
 import base64
@@ -16,10 +16,11 @@ import numpy as np
 import pytest
 import srt
 import websockets
-from browser import ELSEWHERE, browsing
+from browser import ELSEWHERE, browsing, firefox
 from conftest import CHECKPOINT, ROOT, ServerProcess
 from playwright.async_api import Page, expect
 from proxy import Proxy
+from pulse import Pulse
 from speech import talk, write
 from test_timeline import Model, audio_of
 
@@ -176,8 +177,33 @@ def test_connection_cut_in_mid_speech(server, speech):
     asyncio.run(run())
 
 
-# Firefox opens no microphone in a context whose rate is not the device's.
-AS_FIREFOX = """const Real = AudioContext; window.AudioContext = class extends Real {
+def test_firefox_with_a_real_sound_device(server, speech, tmp_path):
+    """The microphone is one of 44.1 kHz stereo, which browsers must convert."""
+    path, spoken = speech
+    pulse = Pulse(tmp_path)
+
+    async def run() -> None:
+        async with firefox(tmp_path, pulse.environment) as page:
+            await page.open(address(server))
+            await page.becomes("#state", "ready")
+            await page.evaluate("document.querySelector('#start').click()")
+            await page.becomes("#state", "listening")
+            await asyncio.to_thread(pulse.play(path).wait)
+            await page.becomes("#settled", " ".join(spoken))
+            await page.evaluate("document.querySelector('#start').click()")
+            await page.becomes("#state", "ready")
+
+    try:
+        pulse.speaker()
+        pulse.plug()
+        pulse.control("set-default-source", "mic")
+        asyncio.run(run())
+    finally:
+        pulse.stop()
+
+
+# An older Firefox opens no microphone in a context whose rate is not the device's.
+AS_OLD_FIREFOX = """const Real = AudioContext; window.AudioContext = class extends Real {
   constructor(options) { super(options); this.foreign = options !== undefined; window.rate = this.sampleRate; }
   createMediaStreamSource(stream) {
     if (this.foreign) throw new DOMException("rates differ", "NotSupportedError");
@@ -187,12 +213,12 @@ AS_FIREFOX = """const Real = AudioContext; window.AudioContext = class extends R
 
 
 def test_key_over_https(locked, speech):
-    """No key, a wrong one, the right one; and the worklet resamples, as it must in Firefox."""
+    """No key, a wrong one, the right one; and the worklet resamples, as it must in an older Firefox."""
     path, spoken = speech
 
     async def run() -> None:
         async with browsing(path, ignore_https_errors=True) as page:
-            await page.add_init_script(AS_FIREFOX)
+            await page.add_init_script(AS_OLD_FIREFOX)
             await page.goto(locked.page)
             await expect(page.locator("#message")).to_have_text("This server wants a key.")
             await expect(page.get_by_label("Key of the server")).to_be_focused()
