@@ -58,11 +58,13 @@ class Pulse:
         if "module-remap-source" in self.control("list", "short", "modules"):
             self.control("unload-module", "module-remap-source")
 
-    def jack(self, name: str) -> None:
+    def jack(self) -> None:
         """Start JACK at 44.1 kHz, with a loudspeaker `jack` whose signal is an input device of two channels.
 
-        No other rate is offered: JACK, unlike PulseAudio, does not resample.
+        No other rate is offered: JACK, unlike PulseAudio, does not resample. Its name is always the same: so it takes
+        over the place that a killed run may have left.
         """
+        name = "voxtral-tests"
         self.environment["JACK_DEFAULT_SERVER"] = name
         rate = "--rate", "44100", "--period", "1024"
         self._spawn("jackd", "--no-realtime", "--name", name, "-d", "dummy", *rate)
@@ -84,8 +86,8 @@ class Pulse:
         return subprocess.Popen(["paplay", f"--device={speaker}", str(path)], env=self.environment)
 
     def stop(self) -> None:
-        """Stop all daemons."""
-        for daemon in reversed(self._daemons):
+        """Stop all daemons: JACK last, since with a client left it keeps its place, one of eight, in /dev/shm."""
+        for daemon in self._daemons:
             daemon.terminate()
             daemon.wait(20)
         self._log.close()

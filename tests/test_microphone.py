@@ -258,7 +258,7 @@ def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
 
 def test_device_of_44100_hz_stereo_only(server, pulse, speech):
     path, spoken = speech[0]
-    pulse.jack(f"jack{free_port()}")
+    pulse.jack()
     options = "--url", server.url, "--device", "PulseAudio JACK Sink", "--channels", "2"
     with captioning(pulse, *options, listens=pulse.recording_from_jack) as captioner:
         pulse.play(path, "jack").wait()
