@@ -10,7 +10,6 @@ import argparse
 import io
 import re
 import sys
-import tempfile
 import time
 from pathlib import Path
 
@@ -23,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
 from captioner import COLUMNS, Captioner  # noqa: E402
-from pulse import Pulse, until  # noqa: E402
+from pulse import pulseaudio, until  # noqa: E402
 
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 NAMES = {"brown": "yellow", "brightblack": "bright_black"}  # pyte's name: rich's
@@ -47,24 +46,19 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="ws://localhost:8000/v1/realtime")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="picture") as folder:
-        pulse = Pulse(Path(folder))
-        try:
-            pulse.speaker()
-            pulse.plug("Microphone")
-            captioner = Captioner(pulse, "--url", options.url, "--device", "Microphone", terminal=True)
-            until(lambda: pulse.recording(captioner.process.pid))
-            pulse.play(SAMPLE).wait()
-            playing = pulse.play(SAMPLE)
-            time.sleep(6)
-            until(lambda: re.search(r"-[12]\d dB", captioner.seen()))  # in the middle of a word
-            text = shown(captioner)
-            captioner.interrupt()
-            playing.kill()
-            playing.wait()
-            captioner.end()
-        finally:
-            pulse.stop()
+    with pulseaudio() as pulse:
+        pulse.plug("Microphone")
+        captioner = Captioner(pulse, "--url", options.url, "--device", "Microphone", terminal=True)
+        until(lambda: pulse.recording(captioner.process.pid))
+        pulse.play(SAMPLE).wait()
+        playing = pulse.play(SAMPLE)
+        time.sleep(6)
+        until(lambda: re.search(r"-[12]\d dB", captioner.seen()))  # in the middle of a word
+        text = shown(captioner)
+        captioner.interrupt()
+        playing.kill()
+        playing.wait()
+        captioner.end()
     text.rstrip()
     console = Console(record=True, width=COLUMNS, file=io.StringIO())
     console.print(text)

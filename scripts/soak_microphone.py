@@ -25,7 +25,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "tests"))
 
-from pulse import Pulse, until  # noqa: E402
+from pulse import Pulse, pulseaudio, until  # noqa: E402
 
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
@@ -38,7 +38,6 @@ def memory(pid: int) -> float:
 
 def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
     """Run the client and return the figures."""
-    pulse.speaker()
     pulse.plug()
     text, lags = folder / "captions.txt", []
     main, other = pty.openpty()
@@ -85,12 +84,8 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", type=Path, default=SAMPLE, metavar="FILE")
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory(prefix="soak") as folder:
-        pulse = Pulse(Path(folder))
-        try:
-            figures = soak(options, Path(folder), pulse)
-        finally:
-            pulse.stop()
+    with tempfile.TemporaryDirectory(prefix="soak") as folder, pulseaudio() as pulse:
+        figures = soak(options, Path(folder), pulse)
     print(json.dumps(figures))
     return figures["exit_code"]
 

@@ -69,9 +69,9 @@ class Firefox:
         options = {"target": {"context": self._context}, "awaitPromise": True, "userActivation": True}
         return (await self.command("script.evaluate", expression=expression, **options))["result"].get("value")
 
-    async def becomes(self, selector: str, text: str, seconds: float = 60) -> None:
+    async def becomes(self, selector: str, text: str) -> None:
         """Wait until the element shows this text."""
-        end, shown = time.monotonic() + seconds, None
+        end, shown = time.monotonic() + 60, None
         while shown != text:
             assert time.monotonic() < end, f"{selector} shows {shown!r}"
             await asyncio.sleep(0.1)

@@ -2,7 +2,10 @@
 
 import os
 import subprocess
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 
@@ -91,6 +94,18 @@ class Pulse:
             daemon.terminate()
             daemon.wait(20)
         self._log.close()
+
+
+@contextmanager
+def pulseaudio() -> Iterator[Pulse]:
+    """A Pulse with its loudspeaker, in a folder whose name is short enough for a socket."""
+    with tempfile.TemporaryDirectory(prefix="pulse") as folder:
+        pulse = Pulse(Path(folder))
+        try:
+            pulse.speaker()
+            yield pulse
+        finally:
+            pulse.stop()
 
 
 def until(condition, seconds: float = 120) -> None:

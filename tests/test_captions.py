@@ -20,7 +20,7 @@ from browser import ELSEWHERE, browsing, firefox
 from conftest import CHECKPOINT, ROOT, ServerProcess
 from playwright.async_api import Page, expect
 from proxy import Proxy
-from pulse import Pulse
+from pulse import Pulse, pulseaudio
 from speech import talk, write
 from test_timeline import Model, audio_of
 
@@ -180,9 +180,8 @@ def test_connection_cut_in_mid_speech(server, speech):
 def test_firefox_with_a_real_sound_device(server, speech, tmp_path):
     """The microphone is one of 44.1 kHz stereo, which browsers must convert."""
     path, spoken = speech
-    pulse = Pulse(tmp_path)
 
-    async def run() -> None:
+    async def run(pulse: Pulse) -> None:
         async with firefox(tmp_path, pulse.environment) as page:
             await page.open(address(server))
             await page.becomes("#state", "ready")
@@ -193,13 +192,10 @@ def test_firefox_with_a_real_sound_device(server, speech, tmp_path):
             await page.evaluate("document.querySelector('#start').click()")
             await page.becomes("#state", "ready")
 
-    try:
-        pulse.speaker()
+    with pulseaudio() as pulse:
         pulse.plug()
         pulse.control("set-default-source", "mic")
-        asyncio.run(run())
-    finally:
-        pulse.stop()
+        asyncio.run(run(pulse))
 
 
 # An older Firefox opens no microphone in a context whose rate is not the device's.

@@ -7,7 +7,6 @@ import re
 import resource
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from pathlib import Path
@@ -18,19 +17,14 @@ import soundfile
 from captioner import Captioner
 from conftest import ROOT, free_port, run_script
 from proxy import Proxy
-from pulse import Pulse, until
+from pulse import Pulse, pulseaudio, until
 from speech import talk, write
 
 
 @pytest.fixture(scope="module")
 def pulse():
-    with tempfile.TemporaryDirectory(prefix="pulse") as folder:
-        pulse = Pulse(Path(folder))
-        try:
-            pulse.speaker()
-            yield pulse
-        finally:
-            pulse.stop()
+    with pulseaudio() as pulse:
+        yield pulse
 
 
 @pytest.fixture(autouse=True)
