@@ -3,7 +3,10 @@
 # serves the small embedded checkpoint on a free port of this machine, transcribes its sample.
 set -euo pipefail
 cd "$(dirname "$0")"
-case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
+case ${1:-} in
+  -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;;
+  ?*) echo "error: unknown option $1; ./demo.sh takes none" >&2; exit 2 ;;
+esac
 
 [ -x .venv/bin/vllm ] || ./setup.sh --cpu
 python=.venv/bin/python

@@ -39,7 +39,7 @@ def memory(pid: int) -> float:
 def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
     """Run the client and return the figures."""
     pulse.plug()
-    text, lags = folder / "captions.txt", []
+    text, lags, last = folder / "captions.txt", [], b""
     main, other = pty.openpty()
     command = [sys.executable, ROOT / "stream_microphone.py", "--url", options.url, "--device", "mic", "--output", text]
     environment = pulse.environment | {"COLUMNS": "100", "LINES": "24", "TERM": "xterm-256color"}
@@ -47,12 +47,18 @@ def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
     os.close(other)
 
     def watch() -> None:
+        nonlocal last
         with contextlib.suppress(OSError):
             while data := os.read(main, 4096):
+                last = data
                 lags.extend(float(lag) for lag in re.findall(rb"lag (\d+\.\d) s", data))
 
-    threading.Thread(target=watch, daemon=True).start()
+    watching = threading.Thread(target=watch, daemon=True)
+    watching.start()
     until(lambda: client.poll() is not None or pulse.recording(client.pid))
+    if client.poll() is not None:
+        watching.join()
+        raise SystemExit(last.decode().strip())  # the client's own line
     started, rounds, minutes = time.monotonic(), 0, []
     print("minute  memory MiB  lag p50 s  lag p95 s", flush=True)
     playing = pulse.play(options.audio_path)
@@ -84,6 +90,10 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", type=Path, default=SAMPLE, metavar="FILE")
     options = parser.parse_args()
+    if options.minutes < 1:
+        parser.error("--minutes must be 1 or more")
+    if not options.audio_path.is_file():
+        parser.error(f"--audio_path {options.audio_path}: no such file")
     with tempfile.TemporaryDirectory(prefix="soak") as folder, pulseaudio() as pulse:
         figures = soak(options, Path(folder), pulse)
     print(json.dumps(figures))

@@ -108,8 +108,10 @@ def test_setup_refuses_what_cannot_work(tmp_path):
     settings = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
     result = subprocess.run(["./setup.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
     refused(result, "550.54.14", "580")
-    result = subprocess.run(["./setup.sh", "--nonsense"], cwd=ROOT, capture_output=True, text=True)
-    assert result.returncode == 2
+    for script in ("./setup.sh", "./demo.sh"):
+        result = subprocess.run([script, "--nonsense"], cwd=ROOT, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert "unknown option --nonsense" in result.stderr
 
 
 def test_demo():
