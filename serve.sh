@@ -80,6 +80,7 @@ esac
 if [ -n "$memory" ]; then
   options+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
   options+=(--max-cudagraph-capture-size "$batch") # every step has a graph: without, a session's begin delays all
+  options+=(--kernel-config '{"enable_jit_warmup": false}') # it tries kinds of sampling never used; ours runs sessions
 else
   options+=(--enforce-eager) # compiling takes longer than it saves here: 40 s of start for a tenth of the speed
   export VLLM_CPU_KVCACHE_SPACE=$CPU_KVCACHE_GB

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 from . import Stop
@@ -32,18 +33,18 @@ def served_folder(model: Path) -> Path:
     folder.mkdir(exist_ok=True)
     for file in model.iterdir():
         if file.name != "params.json":
-            place(folder / file.name, lambda path, target=file.resolve(): os.symlink(target, path))
+            place(folder / file.name, lambda path: path.symlink_to(file.resolve()))  # noqa: B023, it is called at once
     text = json.dumps(params | {"max_position_embeddings": params.get("model_max_length") or DEFAULT})
-    place(folder / "params.json", lambda path: Path(path).write_text(text))
+    place(folder / "params.json", lambda path: path.write_text(text))
     for file in folder.iterdir():
         if not (model / file.name).exists():
             file.unlink()
     return folder
 
 
-def place(path: Path, make) -> None:
+def place(path: Path, make: Callable[[Path], object]) -> None:
     """Put what `make(path)` makes in the place of `path`, at once: another server may be reading."""
     with tempfile.TemporaryDirectory(dir=path.parent.parent) as scratch:
-        new = os.path.join(scratch, path.name)
+        new = Path(scratch, path.name)
         make(new)
         os.replace(new, path)
