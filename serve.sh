@@ -68,8 +68,9 @@ options=(
   --max-num-seqs "$MAX_NUM_SEQS"
   --max-num-queued-reqs "$MAX_NUM_SEQS" # a session too many is told so; without this it waits in silence
   --max-num-batched-tokens "$batch" # vLLM reserves twice this for each session
-  --mm-processor-cache-gb 0 --no-enable-prefix-caching # live audio never comes twice: both would only cost
 )
+# Live audio never comes twice: both would only cost. Without our identifiers of frames, vLLM's depend on the first.
+[ "${VOXTRAL_SPEED:-1}" = 0 ] || options+=(--mm-processor-cache-gb 0 --no-enable-prefix-caching)
 case $QUANTIZATION in
   none) options+=(--load-format mistral) ;;
   bitsandbytes) options+=(--quantization bitsandbytes --load-format bitsandbytes) ;;

@@ -10,8 +10,8 @@ reserves its sliding windows and the frames of two steps:
 
 This gives what was measured on an H100: with 12 GiB, INT4, L = 32768, B = 88 there were 474 blocks for
 sessions of 91, printed as 170,681 tokens or 5.2 sessions. (On an H200 B = 512 with fewer graphs gave 482 blocks for
-sessions of 150, or 3.2 sessions.) vLLM sets memory aside for a CUDA graph of each size of step, 1, 2, 4, 8, 16 and so on
-up to B: 0.30 GiB for the 14 sizes of B = 88, 0.72 for the 38 of B = 304. Everything but weights, graphs and sessions
+sessions of 150, or 3.2 sessions.) vLLM sets memory aside for a CUDA graph of each size of step, 1, 2, 4, 8, 16 and so
+on up to B: 0.30 GiB for the 14 sizes of B = 88, 0.72 for the 38 of B = 304. Everything but weights, graphs and sessions
 (CUDA's context, activations) is fitted to the first of these, 1.2 GiB; on a smaller GPU it may be less.
 """
 
@@ -97,8 +97,8 @@ def check(settings: Settings, free: int, total: int) -> None:
         print(f"warning: this may not fit: {text}", file=sys.stderr)
         return
     print(
-        f"{share * total / 1024:.1f} GiB of GPU memory: {plan.weights:.1f} for the weights, about {work:.1f} for vLLM's "
-        f"work, the rest is room for about {plan.sessions():.1f} sessions of {minutes} min at once",
+        f"{share * total / 1024:.1f} GiB of GPU memory: {plan.weights:.1f} for the weights, about {work:.1f} for "
+        f"vLLM's work, the rest is room for about {plan.sessions():.1f} sessions of {minutes} min at once",
         file=sys.stderr,
     )
 

@@ -20,16 +20,9 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, version
 
 VLLM = "0.32.0"
-ENGINE = (
-    "features",
-    "release",
-    "ended",
-    "ahead",
-    "rows",
-    "encode",
-    "tokens",
-)  # patches of the process of scheduler and worker
-SERVER = ("inputs", "ended", "ahead", "warmup")  # patches of the process that speaks with the clients
+# Patches of the process of scheduler and worker, and of the one that speaks with the clients.
+ENGINE = ("blocks", "features", "release", "ended", "ahead", "rows", "encode", "tokens")
+SERVER = ("inputs", "ended", "ahead", "warmup")
 PATCHES = tuple(dict.fromkeys(ENGINE + SERVER))
 
 logger = logging.getLogger("vllm.voxtral_speed")
@@ -107,18 +100,18 @@ def step_aside(name: str, reason: object) -> None:
 def register() -> None:
     """Apply the patches of this process. Never raises: a server without them is slower, but serves.
 
-    The engine is a child process of the server, as its worker would be.
+    vLLM calls the processes of its engines EngineCore, those of more than one server ApiServer_0, ApiServer_1.
     """
-    in_engine = multiprocessing.parent_process() is not None
+    in_engine = not multiprocessing.current_process().name.startswith(("MainProcess", "ApiServer"))
     on = []
     for name in _wanted_here():
         if name not in (ENGINE if in_engine else SERVER):
             continue
-        module = importlib.import_module(f"voxtral_speed.{name}")
         try:
+            module = importlib.import_module(f"voxtral_speed.{name}")
             if (module.apply_to_engine if in_engine else module.apply_to_server)() is not False:
                 on.append(name)
-        except (Unexpected, ImportError, AttributeError) as error:
+        except Exception as error:  # also for what nobody thought of: the server must serve
             step_aside(name, error)
     if on and in_engine:
         logger.info("Speed patches: %s", ", ".join(on))

@@ -4,8 +4,9 @@ vLLM: when the KV cache is full, (1) a session that waits for a block blocks all
 in silence, because sessions give blocks back only when they end; (2) a running request may be preempted: its blocks
 go, and it is computed anew later, from audio that `release` has freed, which would end the engine ("Encoder cache
 miss"). And (3) the API process takes the error of a session for the end of a frame, and waits for ever.
-Here: (1) the session with the most frames ends; its client comes back with a short one. A newcomer is told that the
-server is busy. (2) A preempted session that has lost audio ends. (3) The error reaches the client.
+Here: (1) the session with the fewest frames ends, so that the others come to their end; its client goes on in a new
+one, which begins small. A newcomer is told that the server is busy. (2) A preempted session that has lost audio
+ends. (3) The error reaches the client.
 Relies on: `update_from_output` after each `schedule`, which hands the ends over to the API process.
 Needless with: vllm#49439 for (1), 0.33.0 for (3).
 """
@@ -16,7 +17,7 @@ from http import HTTPStatus
 from . import expect
 from .frames import Frames, mark_sessions
 
-SCHEDULE, PREEMPT, UPDATE, ALLOCATE = "da4f2cf2fc39", "4113f5de8a84", "85b29db96051", "8c60d937fd9e"
+SCHEDULE, PREEMPT, UPDATE = "da4f2cf2fc39", "4113f5de8a84", "85b29db96051"
 PROCESS, FINISH = "9e116796002e", "976ff7fc6fd7"
 BUSY, FULL = "voxtral: no room for a new session", "voxtral: no room for this session any more"
 MESSAGES = {
@@ -36,7 +37,6 @@ def apply_to_engine() -> None:
     expect(Scheduler.schedule, SCHEDULE)
     expect(Scheduler._preempt_request, PREEMPT)
     expect(Scheduler.update_from_output, UPDATE)
-    expect(KVCacheManager.allocate_slots, ALLOCATE)
     mark_sessions()
     schedule, preempt, update = Scheduler.schedule, Scheduler._preempt_request, Scheduler.update_from_output
     allocate = KVCacheManager.allocate_slots
@@ -68,8 +68,8 @@ def apply_to_engine() -> None:
         if refused.num_computed_tokens == 0:
             end(self, refused, BUSY)
         else:
-            sessions = [r for r in self.requests.values() if type(r.mm_features) is Frames]
-            end(self, max(sessions, key=lambda r: r.num_computed_tokens), FULL)
+            sessions = [r for r in self.requests.values() if type(r.mm_features) is Frames and r.num_computed_tokens]
+            end(self, min(sessions, key=lambda r: r.num_computed_tokens), FULL)
         return output
 
     def preempt_and_note(self, request, *args, **kwargs):
