@@ -24,6 +24,7 @@
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
 #   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
 #   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
+#   ALLOWED_HOSTS=""       names under which browsers may use this server, beside its addresses and its own name
 set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
@@ -43,6 +44,7 @@ export MAX_MODEL_LEN=${MAX_MODEL_LEN:-32768}
 export GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.90} MAX_NUM_SEQS=${MAX_NUM_SEQS:-8}
 export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-512} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
 export SESSION_IDLE_MINUTES=${SESSION_IDLE_MINUTES:-10} ALLOWED_ORIGINS=${ALLOWED_ORIGINS:-}
+export ALLOWED_HOSTS=${ALLOWED_HOSTS:-}
 export PYTHONDONTWRITEBYTECODE= # where it is set (Docker images do), vLLM compiles all its modules at each start: 25 s more
 name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")

@@ -1,4 +1,4 @@
-"""The captions page in Chromium and Firefox, hearing speech, against real servers; and the guard of the WebSocket."""
+"""The captions page in Chromium and Firefox, hearing speech, against real servers; and the keys they bring."""
 
 import asyncio
 import base64
@@ -324,7 +324,7 @@ def handshake(url: str, **options: object) -> int | str | None:
     return asyncio.run(run())
 
 
-def test_guard(locked, server):
+def test_keys_and_origins(locked, server):
     """What the WebSocket answers to keys and origins; no Origin means that it is no browser."""
     trust = ssl.create_default_context(cafile=locked.certificate)
     key = f"key.{b'sesame'.hex()}"
