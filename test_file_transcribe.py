@@ -105,6 +105,7 @@ async def transcribe(options: argparse.Namespace) -> int:
             sources.append(StandardInput(options.raw) if name == "-" else AudioFile(name))
         except AudioError as error:
             failures += 1
+            outputs.fail(name, str(error))
             print(f"error: {error}", file=sys.stderr)
     if not sources:
         return 1 if failures else 0
@@ -162,7 +163,8 @@ def pieces(sources: list[AudioSource], size: int) -> Iterator[Piece]:
 
 async def write(items: AsyncIterator, sources: list[AudioSource], outputs: Outputs, screen: Screen) -> int:
     """Write each file's words as they come; return how many files failed."""
-    failed, writers, current, started, any_text = set(), [], None, 0.0, False
+    failed: dict[int, str] = {}  # what went wrong, by number of the file
+    writers, current, started, any_text = [], None, 0.0, False
     async for piece, item in items:
         name = sources[piece.file].name
         if current != piece.file:
@@ -176,7 +178,7 @@ async def write(items: AsyncIterator, sources: list[AudioSource], outputs: Outpu
             any_text = True
             continue
         if item is not None:
-            failed.add(piece.file)
+            failed.setdefault(piece.file, str(item))
             screen.say(f"error: {item}")
         sessions += piece.transcriber.sessions
         for key in usage:
@@ -188,6 +190,8 @@ async def write(items: AsyncIterator, sources: list[AudioSource], outputs: Outpu
             took = time.monotonic() - started
             summary = {"seconds": round(seconds, 3), "took": round(took, 3), "speed": round(seconds / took, 2)}
             whole_file = piece.file not in failed
+            if not whole_file:
+                summary["error"] = failed[piece.file]
             outputs.close(
                 name, writers, whole_file, audio=name, complete=whole_file, sessions=sessions, usage=usage, **summary
             )

@@ -261,6 +261,26 @@ def test_ten_hours_start_at_once_in_little_memory(server, tmp_path):
     assert int(status["VmHWM"].split()[0]) < 150 * 1024
 
 
+def test_json_lines(server, tmp_path):
+    """Words as they settle, each on a line; the last line says how each file ended. Joined, the texts are the text."""
+    (tmp_path / "bad.wav").write_text("not audio")
+    sample = CHECKPOINT / "sample.wav"
+    result = transcribe(server, sample, tmp_path / "bad.wav", "-f", "jsonl", "-o", "-", "--quiet")
+    assert result.returncode == 1
+    lines = [json.loads(line) for line in result.stdout.splitlines()]
+    words, ends = [line for line in lines if "text" in line], [line for line in lines if "complete" in line]
+    assert "".join(word["text"] for word in words).strip() == TEXT
+    assert all(a["start"] < a["end"] <= b["start"] for a, b in pairwise(words))
+    assert len(words) + len(ends) == len(lines)
+    good, bad = sorted(ends, key=lambda line: not line["complete"])
+    assert good["audio"] == str(sample)
+    assert good["seconds"] == pytest.approx(soundfile.info(sample).duration, abs=0.01)
+    assert good["sessions"] == 1
+    assert "error" not in good
+    assert (bad["complete"], bad["audio"]) == (False, str(tmp_path / "bad.wav"))
+    assert "not an audio file" in bad["error"]
+
+
 def test_markup_is_escaped_and_every_format_is_whole_at_any_time(tmp_path):
     words = [
         Word(" a-->b", 0.0, 0.4, 1),

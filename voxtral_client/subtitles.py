@@ -1,4 +1,4 @@
-"""Transcripts as files: text, SubRip, WebVTT, JSON; each valid at any moment while it grows.
+"""Transcripts as files: text, SubRip, WebVTT, JSON, JSON lines; each valid at any moment while it grows.
 
 SubRip has no standard; WebVTT's is https://www.w3.org/TR/webvtt1/. Limits of a cue follow common
 broadcast guidelines: two lines of 42 characters, 1 to 7 seconds.
@@ -169,7 +169,23 @@ class Json(Writer):
         self._put(f"\n]{fields}}}\n")
 
 
-FORMATS: dict[str, type[Writer]] = {"txt": Text, "srt": SubRip, "vtt": WebVTT, "json": Json}
+class JsonLines(Writer):
+    """JSON lines: {"text", "start", "end", "session"} for each word as it settles, and {"complete", ...summary} last.
+
+    The words' `text` begins with the space that stands before them: joined they are the transcript, in any script.
+    """
+
+    def write(self, word: Word) -> None:
+        self._line(asdict(word) | {"start": round(word.start, 3), "end": round(word.end, 3)})
+
+    def _finish(self, summary: dict) -> None:
+        self._line(summary)
+
+    def _line(self, entry: dict) -> None:
+        self._put(json.dumps(entry, ensure_ascii=False) + "\n")
+
+
+FORMATS: dict[str, type[Writer]] = {"txt": Text, "srt": SubRip, "vtt": WebVTT, "json": Json, "jsonl": JsonLines}
 
 
 def writer_for(path: str | Path, format: str | None = None) -> Writer:
@@ -241,6 +257,11 @@ class Outputs:
             writer.close(**summary)
         for path in self.paths(name) if whole else []:
             unfinished(path).unlink(missing_ok=True)
+
+    def fail(self, name: str, error: str) -> None:
+        """Say in the stream of JSON lines on stdout that audio file `name` cannot be read. Files are left alone."""
+        if self._output == "-" and self._formats == ["jsonl"]:
+            self.close(name, self.open(name), False, audio=name, complete=False, error=error)
 
 
 def unfinished(path: Path) -> Path:
