@@ -26,9 +26,10 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from .limits import MESSAGE_BYTES, Limited
+from .errors import refuse
+from .limits import MESSAGE_BYTES, PONG_SECONDS, Limited
 
 ROUTES = set("/v1/realtime /v1/models /v1/audio/transcriptions /captions /health /metrics /version /ping".split())
 FOLDERS = ("/captions/", "/metrics/")
@@ -61,7 +62,7 @@ class Guard:
         if refusal := self._refusal(scope, headers):
             return await refusal(scope, receive, send)
         if scope["type"] != "websocket":
-            return await self.app(scope, receive, send)
+            return await self.app(scope, receive, explained(scope, receive, send))
         offered = scope.get("subprotocols", [])
         try:
             keys = [bytes.fromhex(name.removeprefix(KEY)) for name in offered if name.startswith(KEY)]
@@ -75,12 +76,12 @@ class Guard:
         await self._serve(scope, receive, send, PROTOCOL if PROTOCOL in offered else None)
 
     def _configure(self, state: object) -> None:
-        """Take over what only the started server knows. vLLM has no option for uvicorn's longest message."""
+        """Take over what only the started server knows. vLLM has no options for uvicorn's WebSockets."""
         if args := getattr(state, "args", None):
             slots = (getattr(args, "max_num_seqs", None) or 0) * (getattr(args, "data_parallel_size", None) or 1)
             self.per_address = max(SOCKETS_PER_ADDRESS, 2 * slots)
         if server := getattr(state, "server", None):
-            server.config.ws_max_size = MESSAGE_BYTES
+            server.config.ws_max_size, server.config.ws_ping_timeout = MESSAGE_BYTES, PONG_SECONDS
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, protocol: str | None) -> None:
         """Run a WebSocket within its limits."""
@@ -108,6 +109,8 @@ class Guard:
             if path.startswith("/v1/") and scope.get("method") == "POST":
                 return refuse(501, "this server transcribes: POST /v1/audio/transcriptions", "not_served")
             return refuse(404, "not served here: see PROTOCOL.md", "not_served")
+        if path.startswith("/captions"):
+            return None  # no secret, and the page can say what is wrong
         origin = headers.get("origin", "").lower()
         # A script's GET from its own server has no Origin. Told by its answer, the page can say what to do.
         by_script = path == "/v1/models" and headers.get("sec-fetch-site", "none") != "none"
@@ -147,9 +150,16 @@ def netloc(origin: str) -> str | None:
         return None
 
 
-def refuse(status: int, message: str, code: str) -> JSONResponse:
-    """Return an answer in the form of OpenAI's errors, whose clients need not try again."""
-    kind = "invalid_request_error" if status < 500 else "server_error"
-    error = {"message": message, "type": kind, "param": None, "code": code}
-    headers = {"Retry-After": "5"} if status == 503 else {"X-Should-Retry": "false"}
-    return JSONResponse({"error": error}, status, headers)
+def explained(scope: Scope, receive: Receive, send: Send) -> Send:
+    """Return a `send` that puts vLLM's 401 into the form of OpenAI's errors."""
+    refused = False
+
+    async def send_explained(message: Message) -> None:
+        nonlocal refused
+        if message["type"] == "http.response.start" and message["status"] == 401:
+            refused = True
+            await refuse(401, "the server's key is missing or wrong", "invalid_api_key")(scope, receive, send)
+        elif not refused:
+            await send(message)
+
+    return send_explained

@@ -12,7 +12,8 @@ FRAME_BYTES = 2560  # PCM16 behind one delta: 80 ms at 16 kHz
 # What vLLM's queue holds for a message beside its audio: an array of one sample takes more than a hundred bytes.
 LEAST_AUDIO_BYTES, OTHER_BYTES = 256, 64
 STALL_SECONDS = 30  # without a delta while audio waits
-FIRST_AUDIO_SECONDS = 60  # more than uvicorn's own limit for clients that answer no ping, 40 s
+PONG_SECONDS = 60  # while no more is received, a pong waits behind the audio: uvicorn's 20 s are too few
+FIRST_AUDIO_SECONDS = 90
 
 # 4000 to 4999 are the applications' own (RFC 6455); 408 is HTTP's Request Timeout, 413 its Content Too Large.
 IDLE_CODE, FULL_CODE = 4408, 4413
