@@ -184,8 +184,8 @@ async def transcribe(options: argparse.Namespace) -> int:
             files = f"{len(sources)} files, " if len(sources) > 1 else ""
             screen.say(
                 f"{files}{pool.heard:.1f} s of audio in {took:.1f} s: {pool.heard / took:.1f} × real time; "
-                f"{pool.sessions} sessions, {pool.prompt_tokens} prompt tokens, {pool.completion_tokens} completion tokens"
-                + (f"; {failures} failed" if failures else "")
+                f"{pool.sessions} sessions, {pool.prompt_tokens} prompt tokens, "
+                f"{pool.completion_tokens} completion tokens" + (f"; {failures} failed" if failures else "")
             )
     if interrupts.stop.is_set() and (transcripts.stopped or left):
         return 130

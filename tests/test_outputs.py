@@ -1,7 +1,6 @@
 """Subtitles, JSON, many files, several sessions at once: as a user of test_file_transcribe.py gets them."""
 
 import json
-import os
 import shutil
 import signal
 import subprocess

@@ -150,10 +150,10 @@ class Bytes:
         """Return the bytes from here to the end of a file on disk."""
         return os.fstat(self._file.fileno()).st_size - self._file.tell()
 
-    def has_length(self) -> bool:
-        """Does this MP3 file say how many frames it has? Otherwise its duration is a guess."""
+    def frames(self) -> int | None:
+        """Return how many frames this MP3 file has, where it says so; FFmpeg's duration may be a guess."""
         if not self._to_and_fro:
-            return False
+            return None
         here = self._file.tell()
         self._file.seek(0)
         head = self._file.read(10)
@@ -161,7 +161,8 @@ class Bytes:
         self._file.seek(tag if head.startswith(b"ID3") else 0)
         head = self._file.read(2048)
         self._file.seek(here)
-        return any(name in head for name in (b"Xing", b"Info", b"VBRI"))
+        at = max(head.find(b"Xing"), head.find(b"Info"))
+        return int.from_bytes(head[at + 8 : at + 12]) if at >= 0 and head[at + 7] & 1 else None
 
     # --- what PyAV calls ---
 
@@ -223,12 +224,15 @@ class Decoder:
     def open(self) -> None:
         """Find the track. Raises AudioError where there is none."""
         try:
-            form, options = self._raw or self._bytes.begin(), {}
+            form, options = (
+                self._raw or self._bytes.begin(),
+                {"protocol_whitelist": "none"},
+            )  # a list opens no other file
             rest = self._bytes.rest() if form and self._bytes.on_disk else None
             if form and form.form:
-                options = {"sample_rate": str(form.rate), "ch_layout": f"{form.channels}c", "probesize": "32"}
+                options |= {"sample_rate": str(form.rate), "ch_layout": f"{form.channels}c", "probesize": "32"}
             elif form:
-                options = {"ignore_length": "1"}
+                options |= {"ignore_length": "1"}
             self._container = av.open(
                 self._bytes,
                 format=form.form if form else None,
@@ -282,7 +286,9 @@ class Decoder:
             self.duration = None if rest is None else min(rest, size or rest) / form.bytes_a_second
             if size is not None and (size < wav.UNKNOWN or size <= (rest or 0)):
                 self._promised = size / form.bytes_a_second
-        elif kind in SURE or (kind == "mp3" and self._bytes.has_length()):
+        elif kind == "mp3" and (frames := self._bytes.frames()):
+            self._promised = frames * (1152 if stream.rate >= 32_000 else 576) / stream.rate
+        elif kind in SURE:
             end = stream.duration and (stream.duration + (stream.start_time or 0)) * stream.time_base
             ends = [self.duration, float(end) - self._start if end else None]
             self._promised = min(filter(None, ends), default=None)
@@ -339,26 +345,27 @@ class Decoder:
         stream, mp3 = self._stream, self._container.format.name == "mp3"
         counted = self._container.format.name in COUNTED
         zero = shift = timeline.now - self._start  # from the container's clock to ours; it may begin anew
-        failed, unheard, pace = 0, 0.0, 0.0  # packets since the last good one, their seconds; seconds a byte
+        failed, unheard = 0, 0.0  # packets since the last good one, and their seconds
+        size, time = 0, 0.0  # bytes and seconds of the good ones
         for packet in self._packets():
             if packet.stream_index != stream.index:
                 if packet.pts is not None and packet.stream.type == "video":
                     self._reached = max(self._reached, float(packet.pts * packet.time_base) - self._start)
                 continue
-            length = float(packet.duration * packet.time_base) if packet.duration else 0.0
+            length, late = float(packet.duration * packet.time_base) if packet.duration else 0.0, 0.0
             try:
                 frames = packet.decode()
+                size, time = size + packet.size, time + length
             except av.error.FFmpegError:
-                late = -length  # no sound, no time
-                if not (mp3 and any(tag in bytes(packet) for tag in TAGS)):
-                    failed, unheard = failed + 1, unheard + length
-                    late = max(0.0, packet.size * pace - length) if counted else 0.0  # several frames in one
+                frames = []
+                if mp3 and any(tag in bytes(packet) for tag in TAGS):
+                    late, self._complaints = -length, complaints()  # no sound, no time
                 else:
-                    self._complaints = complaints()
-                zero, shift = zero + late, shift + late
-                continue
+                    # One that is much too large is several, taken for one.
+                    late = max(0.0, packet.size * time / size - length) if counted and size else 0.0
+                    failed, unheard = failed + 1, unheard + length + late
+            zero, shift = zero + late, shift + late
             for frame in frames:
-                pace = length / packet.size if packet.size else pace
                 at = timeline.now if frame.time is None else frame.time + shift
                 if shift != zero and frame.time is not None and frame.time + zero >= timeline.now - GAP:
                     shift, at = zero, frame.time + zero  # it was a wrong time
@@ -453,5 +460,5 @@ def complaints() -> int:
 
 
 def _refuse(url: str, flags: int, options: dict) -> None:
-    """A playlist may name any file or address; only the file itself is read."""
+    """A playlist may name any file or address; only the list itself is read."""
     raise ValueError(f"{url} is not opened")
