@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 import srt
 import websockets
@@ -346,6 +347,19 @@ def test_keys_and_origins(locked, server):
         FRIEND,
     ):
         assert handshake(server.url, origin=origin) == 403, origin
+
+
+def test_files_over_http(locked, speech):
+    """With TLS and a key, through the only slot there is; a wrong key is told as OpenAI's clients know it."""
+    path, spoken = speech
+    trust = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=locked.certificate))
+    with openai.OpenAI(base_url=f"{locked.page}../v1", api_key="sesame", http_client=trust, max_retries=0) as client:
+        answer = client.audio.transcriptions.create(file=path, model="tiny")
+        assert (answer.text.split(), answer.model_extra["complete"]) == (spoken, True)
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client.with_options(api_key="wrong").audio.transcriptions.create(file=path, model="tiny")
+        assert caught.value.code == "invalid_api_key"
+    assert "sesame" not in locked.log.read_text()
 
 
 def test_page_needs_no_key_and_leads_nowhere_else(locked):

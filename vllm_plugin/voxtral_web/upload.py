@@ -94,7 +94,18 @@ class Uploads:
         self._present = 0
         tls = bool(args.ssl_certfile)
         self._url = f"{'wss' if tls else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
-        self._command = ["nice", sys.executable, str(CLIENT), "--format", "jsonl", "--output", "-", "--quiet"]
+        self._command = [
+            "nice",
+            "-n",
+            "5",
+            sys.executable,
+            str(CLIENT),
+            "--format",
+            "jsonl",
+            "--output",
+            "-",
+            "--quiet",
+        ]
         # It is this machine, and the certificate may hold other names than its address.
         self._command += ["--url", self._url, *(["--insecure"] if tls else [])]
 
@@ -179,6 +190,7 @@ class Uploads:
         async with self._sessions() as count:
             command = [*self._command, "--parallel", str(count), path]
             async with process(command, environment) as client:
+                watching = asyncio.create_task(end_with(client, request.app.state))
                 complaints = asyncio.create_task(client.stderr.read())
                 async for line in client.stdout:
                     entry = json.loads(line)
@@ -188,6 +200,7 @@ class Uploads:
                         words.append(word(entry))
                         yield words[-1]
                 lines = (await complaints).decode(errors="replace").strip().splitlines()
+                watching.cancel()
         error = (summary or {}).get("error") or (None if summary else lines[-1] if lines else "the file client failed")
         if error and not error.startswith(path):
             raise Failure(503, error.removeprefix("error: "), "server_error")
@@ -285,6 +298,15 @@ async def process(command: list[str], environment: dict[str, str]) -> AsyncItera
         if program.returncode is None:
             os.killpg(program.pid, signal.SIGKILL)
         await program.wait()
+
+
+async def end_with(program: asyncio.subprocess.Process, state: Any) -> None:
+    """End a program when the server does, which waits for its answers before it stops."""
+    while program.returncode is None:
+        if getattr(getattr(state, "server", None), "should_exit", False):
+            os.killpg(program.pid, signal.SIGKILL)
+            return
+        await asyncio.sleep(0.5)
 
 
 def reachable(host: str | None) -> str:
