@@ -379,11 +379,12 @@ def test_page_needs_no_key_and_leads_nowhere_else(locked):
     assert all(get(name)[0] == 200 for name in used)
 
 
-def test_refuses_nonsense_before_the_start():
-    command = ["env", f"MODEL={CHECKPOINT}", "HOST=127.0.0.1", "SESSION_IDLE_MINUTES=ten", "./serve.sh"]
+@pytest.mark.parametrize("setting", ["SESSION_IDLE_MINUTES=ten", "MAX_UPLOAD_MB=0", "UPLOAD_SESSIONS=half"])
+def test_refuses_nonsense_before_the_start(setting):
+    command = ["env", f"MODEL={CHECKPOINT}", "HOST=127.0.0.1", setting, "./serve.sh"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-    assert "SESSION_IDLE_MINUTES=ten" in result.stderr
+    assert setting in result.stderr
 
 
 def test_long_talk_rolls_over(server):

@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 from contextlib import ExitStack
+from types import SimpleNamespace
 
 import numpy as np
 import psutil
@@ -17,6 +18,7 @@ import websockets
 from conftest import ROOT
 from speech import talk
 from test_protocol import FINAL, START, TEXT, UPDATE, Client, append
+from voxtral_web import page
 from voxtral_web.guard import Guard
 from voxtral_web.limits import MESSAGE_BYTES, WAITING_BYTES, Limited
 from websockets.exceptions import InvalidStatus
@@ -160,6 +162,15 @@ def test_other_paths(guard):
     status, message = ask(guard, path="/v1/audio/translations", method="POST")
     assert (status, "/v1/audio/transcriptions" in message) == (501, True)
     assert ask(guard, path="/v1/realtime") is None
+
+
+def test_speed_is_told(monkeypatch):
+    """In /v1/models: clients need not change sessions so often then."""
+    monkeypatch.setitem(sys.modules, "voxtral_speed", None)  # as if it were not installed
+    assert not page.speed_is_active()
+    for on in (["features", "rows"], ["rows"]):
+        monkeypatch.setitem(sys.modules, "voxtral_speed", SimpleNamespace(active=on.__contains__))
+        assert page.speed_is_active() == ("features" in on)
 
 
 class Wire:

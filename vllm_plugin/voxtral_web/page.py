@@ -52,7 +52,7 @@ def speed_is_active() -> bool:
         import voxtral_speed
     except ImportError:
         return False
-    return bool(voxtral_speed.active())
+    return voxtral_speed.active("features")  # without it every step handles all frames of the session
 
 
 class Captions:

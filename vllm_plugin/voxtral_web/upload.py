@@ -190,7 +190,7 @@ class Uploads:
         async with self._sessions() as count:
             command = [*self._command, "--parallel", str(count), path]
             async with process(command, environment) as client:
-                watching = asyncio.create_task(end_with(client, request.app.state))
+                watching = asyncio.create_task(end_with(request.app.state, client))
                 complaints = asyncio.create_task(client.stderr.read())
                 async for line in client.stdout:
                     entry = json.loads(line)
@@ -201,6 +201,8 @@ class Uploads:
                         yield words[-1]
                 lines = (await complaints).decode(errors="replace").strip().splitlines()
                 watching.cancel()
+        if stopping(request.app.state):
+            raise Failure(503, "the server is being stopped", "server_error")
         error = (summary or {}).get("error") or (None if summary else lines[-1] if lines else "the file client failed")
         if error and not error.startswith(path):
             raise Failure(503, error.removeprefix("error: "), "server_error")
@@ -300,12 +302,16 @@ async def process(command: list[str], environment: dict[str, str]) -> AsyncItera
         await program.wait()
 
 
-async def end_with(program: asyncio.subprocess.Process, state: Any) -> None:
-    """End a program when the server does, which waits for its answers before it stops."""
+def stopping(state: Any) -> bool:
+    """Is the server of this app being stopped? `state.server` is vLLM's uvicorn.Server."""
+    return getattr(getattr(state, "server", None), "should_exit", False)
+
+
+async def end_with(state: Any, program: asyncio.subprocess.Process) -> None:
+    """End a program when the server is being stopped: it waits for its answers before it ends."""
     while program.returncode is None:
-        if getattr(getattr(state, "server", None), "should_exit", False):
-            os.killpg(program.pid, signal.SIGKILL)
-            return
+        if stopping(state):
+            return os.killpg(program.pid, signal.SIGKILL)
         await asyncio.sleep(0.5)
 
 
