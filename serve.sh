@@ -19,7 +19,10 @@
 #   MAX_MODEL_LEN=32768    longest session in frames of 80 ms: 43 minutes
 #   GPU_MEMORY_UTILIZATION=0.90   share of the GPU's memory to take
 #   MAX_NUM_SEQS=8         sessions at once; the next one is told that the server is busy
-#   MAX_NUM_BATCHED_TOKENS=512    frames in one step; more costs 2 MiB each in every session
+#   MAX_NUM_BATCHED_TOKENS frames in one step; each costs 2 MiB in every session
+#                          (default: two sessions that begin beside all others: 88 for MAX_NUM_SEQS=8)
+#   VOXTRAL_SPEED=1        0 leaves vLLM's realtime path as it is, slower with every minute of a session; a list of
+#                          names turns on only these patches, with "-" before them all but these (vllm_plugin/voxtral_speed)
 #   CUDA_VISIBLE_DEVICES=0 which GPU, as nvidia-smi counts them
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
 #   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
@@ -44,7 +47,7 @@ export TLS_CERT=${TLS_CERT:-} TLS_KEY=${TLS_KEY:-} TRANSCRIPTION_DELAY_MS=${TRAN
 export QUANTIZATION=${QUANTIZATION:-bitsandbytes} VOXTRAL_INT4_ENCODER=${VOXTRAL_INT4_ENCODER:-1}
 export MAX_MODEL_LEN=${MAX_MODEL_LEN:-32768}
 export GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.90} MAX_NUM_SEQS=${MAX_NUM_SEQS:-8}
-export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-512} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
+export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
 export SESSION_IDLE_MINUTES=${SESSION_IDLE_MINUTES:-10} ALLOWED_ORIGINS=${ALLOWED_ORIGINS:-}
 export ALLOWED_HOSTS=${ALLOWED_HOSTS:-} MAX_UPLOAD_MB=${MAX_UPLOAD_MB:-512} UPLOAD_SESSIONS=${UPLOAD_SESSIONS:-}
 export PYTHONDONTWRITEBYTECODE= # where it is set (Docker images do), vLLM compiles all its modules at each start: 25 s more
@@ -58,7 +61,7 @@ gpu=${CUDA_VISIBLE_DEVICES:-0}
 memory=$(nvidia-smi --id="${gpu%%,*}" --query-gpu=memory.free,memory.total --format=csv,noheader,nounits 2> /dev/null) || true
 [[ $memory == *,* ]] || memory= # it may say "No devices were found"
 found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$memory" "$@") || exit
-{ read -r model; read -r tokenizer; } <<< "$found"$'\n'
+{ read -r model; read -r tokenizer; read -r batch; } <<< "$found"
 
 options=(
   --served-model-name "${SERVED_MODEL_NAME:-$name}"
@@ -68,7 +71,8 @@ options=(
   --max-model-len "$MAX_MODEL_LEN"
   --max-num-seqs "$MAX_NUM_SEQS"
   --max-num-queued-reqs "$MAX_NUM_SEQS" # a session too many is told so; without this it waits in silence
-  --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS" # vLLM reserves twice this for each session
+  --max-num-batched-tokens "$batch" # vLLM reserves twice this for each session
+  --mm-processor-cache-gb 0 --no-enable-prefix-caching # live audio never comes twice: both would only cost
 )
 case $QUANTIZATION in
   none) options+=(--load-format mistral) ;;
@@ -79,6 +83,8 @@ esac
 [ -z "$TLS_CERT" ] || options+=(--ssl-certfile "$TLS_CERT" --ssl-keyfile "$TLS_KEY")
 if [ -n "$memory" ]; then
   options+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
+  options+=(--max-cudagraph-capture-size "$batch") # every step has a graph: without, a session's begin delays all
+  options+=(--kernel-config '{"enable_jit_warmup": false}') # it tries kinds of sampling never used; ours runs sessions
 else
   options+=(--enforce-eager) # compiling takes longer than it saves here: 40 s of start for a tenth of the speed
   export VLLM_CPU_KVCACHE_SPACE=$CPU_KVCACHE_GB
@@ -90,6 +96,6 @@ export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is here: nothing is a
 # Captions for browsers at /captions/, files over HTTP, and the guard of it all: vllm_plugin/voxtral_web.
 export VOXTRAL_CAPTIONS=$here/captions VOXTRAL_HOME=$here
 # vLLM loads no plugins but these then.
-export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_captions
+export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_speed,voxtral_captions,voxtral_warmup
 options+=(--middleware voxtral_web.guard.Guard)
 exec vllm serve "$model" "${options[@]}" "$@"

@@ -1,8 +1,8 @@
-"""python -m launch MEMORY [options of vllm serve]: every check, then two lines on stdout.
+"""python -m launch MEMORY [options of vllm serve]: every check, then three lines on stdout.
 
 MEMORY is what `nvidia-smi --query-gpu=memory.free,memory.total --format=csv,noheader,nounits` prints
 for one GPU, or empty. The settings are the environment variables of serve.sh. Stdout: the folder with
-the model's files, and the one with the tokenizer if it is another (else an empty line).
+the model's files, the one with the tokenizer if it is another (else an empty line), and MAX_NUM_BATCHED_TOKENS.
 """
 
 import os
@@ -14,11 +14,12 @@ from pathlib import Path
 
 from . import Stop, fit, network
 from .delay import checked_delay, tokenizer_with
+from .params import served_folder
 from .settings import Settings
 from .weights import FILES, download
 
 
-def prepare(memory: str, arguments: list[str]) -> tuple[Path, Path | None]:
+def prepare(memory: str, arguments: list[str]) -> tuple[Path, Path | str, str]:
     """Everything in the order of its cost. Raises Stop."""
     if not find_spec("voxtral_web"):
         raise Stop("vLLM has not the plugins of vllm_plugin/, or old ones: run ./setup.sh")
@@ -41,19 +42,20 @@ def prepare(memory: str, arguments: list[str]) -> tuple[Path, Path | None]:
         )
     if not model.is_dir():
         model = download(settings["MODEL"], settings["MODEL_REVISION"])
-    return model, tokenizer_with(delay, model / "tekken.json") if delay else None
+    tokenizer = tokenizer_with(delay, model / "tekken.json") if delay else None
+    return served_folder(model), tokenizer or "", settings["MAX_NUM_BATCHED_TOKENS"]
 
 
 def main(memory: str, *arguments: str) -> int:
     try:
-        model, tokenizer = prepare(memory, list(arguments))
+        found = prepare(memory, list(arguments))
     except Stop as stop:
         print(f"error: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print("stopped; a download goes on from there the next time", file=sys.stderr)
         return 130
-    print(model, tokenizer or "", sep="\n")
+    print(*found, sep="\n")
     return 0
 
 

@@ -8,10 +8,11 @@ reserves its sliding windows and the frames of two steps:
     decoder  min(8191 + 2 B, L) / 128 + 1 blocks      L = MAX_MODEL_LEN, B = MAX_NUM_BATCHED_TOKENS,
     encoder  min( 188 + 2 B, L) /  16 + 1 blocks      both in frames of 80 ms
 
-This gives what was measured on an H200: with 12 GiB, INT4, L = 32768, B = 512 there were 482 blocks for
-sessions of 150, printed as 105,294 tokens or 3.2 sessions; with B = 8192 one session wanted 19.2 GiB.
-Everything but weights and sessions (CUDA's context, activations, graphs) is fitted to the first of the
-two, 1.4 GiB; on a smaller GPU it may be less. WEIGHTS were measured there too.
+This gives what was measured on an H100: with 12 GiB, INT4, L = 32768, B = 88 there were 474 blocks for
+sessions of 91, printed as 170,681 tokens or 5.2 sessions. (On an H200 B = 512 with fewer graphs gave 482 blocks for
+sessions of 150, or 3.2 sessions.) vLLM sets memory aside for a CUDA graph of each size of step, 1, 2, 4, 8, 16 and so on
+up to B: 0.30 GiB for the 14 sizes of B = 88, 0.72 for the 38 of B = 304. Everything but weights, graphs and sessions
+(CUDA's context, activations) is fitted to the first of these, 1.2 GiB; on a smaller GPU it may be less.
 """
 
 import math
@@ -28,8 +29,9 @@ GIB = 2**30
 BLOCK = 16 * 2**20  # bytes
 WEIGHTS = {"bitsandbytes": 3.06, "none": 8.43, "mxfp4": 2.93}  # GiB on the GPU
 WEIGHTS_BF16_ENCODER = 4.3  # bitsandbytes with VOXTRAL_INT4_ENCODER=0
-OTHER = 1.4  # GiB
-OTHER_AT_LEAST = 0.8  # GiB; between the two it is tried, with a warning
+OTHER = 1.2  # GiB, without graphs
+OTHER_AT_LEAST = 0.6  # GiB; between the two it is tried, with a warning
+GRAPHS, GRAPH = 0.05, 0.018  # GiB: for any at all, and for each size of step
 SHARE_AT_MOST = 0.95
 
 
@@ -49,14 +51,19 @@ class Plan:
         encoder = math.ceil(min(188 + 2 * self.batch, self.length) / 16) + 1
         return decoder + encoder
 
+    @property
+    def graphs(self) -> float:
+        """GiB set aside for CUDA graphs. Sizes of steps: `max_cudagraph_capture_size` in vllm/config/compilation.py."""
+        return GRAPHS + GRAPH * (3 + min(self.batch, 256) // 8 + max(0, self.batch - 256) // 16)
+
     def sessions(self, other: float = OTHER) -> float:
         """How many of the longest sessions fit at once; vLLM wants 1, and one block for itself."""
-        blocks = (self.share * self.total - (self.weights + other) * GIB) // BLOCK
+        blocks = (self.share * self.total - (self.weights + self.graphs + other) * GIB) // BLOCK
         return 0.0 if blocks < self.blocks_of_a_session + 1 else blocks / self.blocks_of_a_session
 
     def needed(self) -> float:
         """GiB for one session."""
-        return self.weights + OTHER + (self.blocks_of_a_session + 1) * BLOCK / GIB
+        return self.weights + self.graphs + OTHER + (self.blocks_of_a_session + 1) * BLOCK / GIB
 
 
 def check(settings: Settings, free: int, total: int) -> None:
@@ -76,13 +83,13 @@ def check(settings: Settings, free: int, total: int) -> None:
         )
     if plan is None:
         return
-    minutes = int(plan.length * 0.08 / 60)
+    minutes, work = int(plan.length * 0.08 / 60), OTHER + plan.graphs
     if not plan.sessions():
         mend = suggestion(settings, plan, min(most, SHARE_AT_MOST))
         mend = f"set {mend}" if mend else "this GPU is too small; QUANTIZATION=bitsandbytes needs the least"
         text = (
             f"{share * total / 1024:.1f} GiB of GPU memory are to be used, but {plan.needed():.1f} are needed: "
-            f"{plan.weights:.1f} for the weights, {OTHER} for vLLM's work, "
+            f"{plan.weights:.1f} for the weights, {work:.1f} for vLLM's work, "
             f"{plan.blocks_of_a_session * BLOCK / GIB:.1f} for one session of {minutes} min: {mend}"
         )
         if not plan.sessions(OTHER_AT_LEAST):
@@ -90,7 +97,7 @@ def check(settings: Settings, free: int, total: int) -> None:
         print(f"warning: this may not fit: {text}", file=sys.stderr)
         return
     print(
-        f"{share * total / 1024:.1f} GiB of GPU memory: {plan.weights:.1f} for the weights, about {OTHER} for vLLM's "
+        f"{share * total / 1024:.1f} GiB of GPU memory: {plan.weights:.1f} for the weights, about {work:.1f} for vLLM's "
         f"work, the rest is room for about {plan.sessions():.1f} sessions of {minutes} min at once",
         file=sys.stderr,
     )

@@ -21,6 +21,7 @@ OPTIONS = {
     "--kv-cache-dtype": "KV_CACHE_DTYPE",
 }
 WHOLE = "PORT MAX_MODEL_LEN MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS CPU_KVCACHE_GB MAX_UPLOAD_MB UPLOAD_SESSIONS".split()
+FIRST_CHUNK = 39  # tokens with which a session begins: 1 + 32 of padding + the delay of 480 ms
 NUMBERS = dict.fromkeys(WHOLE, int) | {"GPU_MEMORY_UTILIZATION": float, "SESSION_IDLE_MINUTES": float}
 
 
@@ -30,6 +31,7 @@ class Settings:
     def __init__(self, environment: Mapping[str, str], arguments: list[str]):
         self._environment = environment
         self._given: dict[str, tuple[str, str]] = {}  # variable: (option as written, value)
+        self._default: dict[str, str] = {}  # variable: value worked out from others
         for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
             option, equals, value = argument.partition("=")
             if variable := OPTIONS.get(option.replace("_", "-")):
@@ -44,12 +46,17 @@ class Settings:
             if not fits and variable not in self._given:
                 whole = "whole " if kind is int else ""
                 raise Stop(f"{variable}={text}: a {whole}number {least} is wanted", 2)
+        if not self["MAX_NUM_BATCHED_TOKENS"] and (seqs := self.number("MAX_NUM_SEQS")):
+            # Two sessions that begin beside all others that go on; more would only reserve memory in each session.
+            self._default["MAX_NUM_BATCHED_TOKENS"] = str(-(-(2 * FIRST_CHUNK + int(seqs)) // 8) * 8)
         seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
         if seqs and tokens and tokens < seqs:
             raise Stop(f"MAX_NUM_BATCHED_TOKENS={tokens:.0f} is less than MAX_NUM_SEQS={seqs:.0f}: make it as much", 2)
 
     def __getitem__(self, variable: str) -> str:
-        return self._given[variable][1] if variable in self._given else self._environment.get(variable, "")
+        if variable in self._given:
+            return self._given[variable][1]
+        return self._environment.get(variable, "") or self._default.get(variable, "")
 
     def number(self, variable: str) -> float | None:
         """None where there is none, or one in another way of writing that vLLM knows (32k, auto)."""

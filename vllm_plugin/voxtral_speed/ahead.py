@@ -1,0 +1,123 @@
+"""Frames go to the engine as their audio comes, without waiting for the token of the frame before.
+
+vLLM: the prompt of a frame is the token that the engine made of the frame before. The API process waits for it,
+makes it part of the next frame's request and sends it back: while it does, the engine has nothing to do for this
+session.
+Cost: a round trip through the API process for each frame, one after the other for all sessions: half the time of a
+step with 64 unpaced sessions. A frame's output that the API process has not taken when the next one comes would be
+merged with it, and one delta would be two frames: a session's outputs are queued in its place.
+Relies on: the engine knowing that token itself (`_update_request_as_session` throws it away to take the same one
+from the request); queues of frames in scheduler and API process, which are vLLM's own (`streaming_queue`,
+`input_chunk_queue`). Both halves look at the same functions, so that both are on or neither is. The text is the
+same.
+Needless with: realtime models that feed their tokens back in the engine (no issue known).
+"""
+
+import asyncio
+from collections import deque
+
+from . import expect
+from .frames import Frames, mark_sessions
+
+UPDATE_SESSION, BUFFER, INPUT_STREAM, CONNECTION = "82a6f2d15293", "0f8dfd4d0b88", "ea57901a276f", "5cf55d3a1b26"
+ADD_STREAMING, COLLECTOR = "0c7d0fd89495", "312eb6353707"
+AHEAD = 4  # frames of a session in the engine at most: enough to keep it busy, little to throw away when it ends
+ANY = 0  # a token that stands for the one that the engine knows
+
+
+def check() -> None:
+    """Raises Unexpected."""
+    from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+    from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeBuffer, VoxtralRealtimeGeneration
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    expect(Scheduler._update_request_as_session, UPDATE_SESSION)
+    expect(VoxtralRealtimeGeneration.buffer_realtime_audio.__func__, BUFFER)
+    expect(VoxtralRealtimeBuffer.get_input_stream, INPUT_STREAM)
+    expect(RealtimeConnection._run_generation, CONNECTION)
+
+
+def apply_to_engine() -> None:
+    """Put the token of the frame before into each frame. Raises Unexpected."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    check()
+    mark_sessions()
+    update_session = Scheduler._update_request_as_session
+
+    def update_with_own_token(self, session, update):
+        if type(session.mm_features) is Frames and len(update.prompt_token_ids or ()) == 1:
+            update.prompt_token_ids = (
+                session._all_token_ids[session.num_computed_tokens :][:1] or update.prompt_token_ids
+            )
+        update_session(self, session, update)
+
+    Scheduler._update_request_as_session = update_with_own_token
+
+
+def apply_to_server() -> None:
+    """Let each session be some frames ahead of its tokens. Raises Unexpected."""
+    from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeGeneration
+    from vllm.v1.engine.async_llm import AsyncLLM
+    from vllm.v1.engine.output_processor import RequestOutputCollector
+
+    check()
+    expect(AsyncLLM._add_streaming_input_request, ADD_STREAMING)
+    expect(RequestOutputCollector, COLLECTOR)
+    buffer_audio = VoxtralRealtimeGeneration.buffer_realtime_audio.__func__
+
+    async def buffer_ahead(cls, audio_stream, input_stream, model_config):
+        async for prompt in buffer_audio(cls, audio_stream, Credit(input_stream), model_config):
+            yield prompt
+
+    class InOrder(RequestOutputCollector):
+        def put(self, output):
+            if self.output is None:
+                super().put(output)
+            else:
+                self.later.append(output)
+
+        async def get(self):
+            try:
+                return await super().get()
+            finally:
+                self._next()
+
+        def get_nowait(self):
+            try:
+                return super().get_nowait()
+            finally:
+                self._next()
+
+        def _next(self):
+            if self.output is None and self.later:
+                super().put(self.later.popleft())
+
+    add_streaming = AsyncLLM._add_streaming_input_request
+
+    async def add_in_order(self, *args, **kwargs):
+        collector = await add_streaming(self, *args, **kwargs)
+        collector.__class__, collector.later = InOrder, deque()
+        return collector
+
+    AsyncLLM._add_streaming_input_request = add_in_order
+    VoxtralRealtimeGeneration.buffer_realtime_audio = classmethod(buffer_ahead)
+
+
+class Credit:
+    """In the place of the queue of a session's tokens: gives one for a frame as soon as the frame may be sent.
+
+    The second frame waits for the first token, by which vLLM's connection counts the tokens of the prompt.
+    """
+
+    def __init__(self, tokens: asyncio.Queue[list[int]]):
+        self._tokens, self._free = tokens, None
+
+    async def get(self) -> list[int]:
+        """Return what stands for a token; waits where AHEAD frames are in the engine."""
+        if self._free:
+            self._free -= 1
+        else:
+            await self._tokens.get()
+            self._free = AHEAD - 1 if self._free is None else 0
+        return [ANY]

@@ -1,0 +1,164 @@
+"""The mel spectrogram and the two convolutions are computed for all frames of a step at once, on a GPU as one graph.
+
+vLLM: `VoxtralRealtimeGeneration.embed_multimodal` does it for one frame after the other, some 28 small kernels each,
+and puts the results into a cache, from which they are gathered one by one for the same step.
+Cost: 0.12 to 0.18 ms a session and step; a third of the engine's main thread with 32 live streams on an H100.
+Without the graph and with the cache, still a fifth with 128.
+Relies on: frames of equal length, which are all but a session's first (those of another length make a batch of their
+own); on a GPU, where every request of a step is one frame of a session, also on a frame that is used in the step
+that encodes it, which `release` and `ended` see to.
+Needless with: a batched `embed_multimodal` in vLLM (no issue known).
+"""
+
+from . import active, expect, logger
+from .frames import is_voxtral_realtime
+
+EMBED, MELSPEC, CONV = "f90a7704ed77", "48e3cfb17880", "ffaf5c13b146"
+PREPARE, CAPTURE = "46f7bf9ab2a9", "bad5e0346103"
+IN_FLIGHT = 4  # copies to the GPU that may be under way; vLLM has two steps in flight at most
+
+
+def apply_to_engine() -> None:
+    """Raises Unexpected."""
+    from vllm.model_executor.models.voxtral import VoxtralEncoderModel
+    from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeGeneration
+    from vllm.model_executor.models.whisper_causal import WhisperCausalEncoder
+    from vllm.platforms import current_platform
+
+    expect(VoxtralRealtimeGeneration.embed_multimodal, EMBED)
+    expect(VoxtralEncoderModel.compute_whisper_melspec, MELSPEC)
+    expect(WhisperCausalEncoder.forward_conv, CONV)
+    embed = VoxtralRealtimeGeneration.embed_multimodal
+
+    def embed_multimodal(self, **kwargs):
+        import torch
+
+        audio = kwargs.get("audio_arrays")
+        if isinstance(audio, torch.Tensor) and audio.ndim == 2:
+            return list(embed_batch(self, audio).unbind(0))
+        if not isinstance(audio, list) or not all(isinstance(frame, torch.Tensor) for frame in audio):
+            return embed(self, **kwargs)
+        embedded: list[torch.Tensor | None] = [None] * len(audio)
+        lengths: dict[int, list[int]] = {}
+        for number, frame in enumerate(audio):
+            lengths.setdefault(len(frame), []).append(number)
+        for numbers in lengths.values():
+            for number, tokens in zip(
+                numbers, embed_batch(self, torch.stack([audio[n] for n in numbers])), strict=True
+            ):
+                embedded[number] = tokens
+        return embedded
+
+    VoxtralRealtimeGeneration.embed_multimodal = embed_multimodal
+    if not current_platform.is_cpu() and active("release") and active("ended"):
+        encode_on_gpu()
+
+
+def embed_batch(model, audio):
+    """Embed `audio`, (frames, samples), as (frames, tokens, width)."""
+    from torch.nn.functional import gelu
+
+    whisper = model.whisper_encoder
+    mel = whisper.compute_whisper_melspec(audio).to(whisper.dtype)
+    mel = mel[..., mel.shape[-1] % 2 :]
+    encoder = whisper.whisper_encoder
+    hidden = gelu(encoder.conv2(gelu(encoder.conv1(mel)))).transpose(-1, -2)
+    pool = model.config.audio_config.block_pool_size
+    hidden = hidden[:, hidden.shape[1] % pool :]
+    frames, length, width = hidden.shape
+    return hidden.reshape(frames, length // pool, width * pool)
+
+
+def encode_on_gpu() -> None:
+    """Have a step of single frames encoded straight into the model's input. Raises Unexpected."""
+    from vllm.v1.worker.gpu.model_runner import GPUModelRunner
+    from vllm.v1.worker.gpu.model_states.default import DefaultModelState
+
+    expect(DefaultModelState.prepare_inputs_embeds, PREPARE)
+    expect(GPUModelRunner.capture_model, CAPTURE)
+    prepare, capture = DefaultModelState.prepare_inputs_embeds, GPUModelRunner.capture_model
+
+    def prepare_directly(self, scheduled_encoder_inputs, input_batch, req_states):
+        encoder = self.__dict__.get("frame_encoder")
+        audio = encoder and single_frames(self.encoder_cache.mm_features, scheduled_encoder_inputs, input_batch)
+        if not audio or len(audio[0]) != encoder.samples:
+            return prepare(self, scheduled_encoder_inputs, input_batch, req_states)
+        inputs = self.encoder_runner.inputs_embeds
+        inputs[: len(audio)] = encoder(audio)
+        return inputs[: input_batch.num_tokens_after_padding]
+
+    def capture_and_more(self, *, profile_only=False):
+        size = capture(self, profile_only=profile_only)
+        if not profile_only and is_voxtral_realtime(self.model_config):
+            self.model_state.frame_encoder = FrameEncoder(self.get_model(), self.max_num_reqs, self.device)
+        return size
+
+    DefaultModelState.prepare_inputs_embeds = prepare_directly
+    GPUModelRunner.capture_model = capture_and_more
+
+
+def single_frames(features: dict, scheduled: dict[str, list[int]], batch) -> list | None:
+    """Return the audio of each request of a step, in the batch's order, if each is one new frame of one length."""
+    if not len(scheduled) == len(batch.req_ids) == batch.num_tokens:
+        return None
+    audio, length = [], None
+    for request in batch.req_ids:
+        numbers = scheduled.get(request)
+        if numbers is None or len(numbers) != 1:
+            return None
+        data = features[request][numbers[0]].data
+        if data is None:
+            return None
+        frame = data["audio_arrays"].data
+        if length is not None and len(frame) != length:
+            return None
+        length = len(frame)
+        audio.append(frame)
+    return audio
+
+
+class FrameEncoder:
+    """Mel and convolutions of up to `most` frames, captured as CUDA graphs."""
+
+    def __init__(self, model, most: int, device):
+        """Capture a graph for each size of batch; takes some 20 ms each."""
+        import torch
+
+        audio = model.audio_config
+        # A frame is 80 ms of audio with what streaming looks back and ahead.
+        milliseconds = 1000 / audio.frame_rate + audio.streaming_look_back_ms + audio.streaming_look_ahead_ms
+        self.samples = round(audio.sampling_rate * milliseconds / 1000)
+        dtype = model.whisper_encoder.dtype
+        self._sizes = [size for size in (1, 2, 4, 8) if size < most] + [*range(16, most, 16), most]
+        self._pinned = [torch.zeros(most, self.samples, dtype=dtype, pin_memory=True) for _ in range(IN_FLIGHT)]
+        self._turn = 0
+        self._input = torch.zeros(most, self.samples, dtype=dtype, device=device)
+        self._graphs, pool = {}, None
+        with torch.inference_mode():
+            for size in reversed(self._sizes):
+                stream = torch.cuda.Stream(device)
+                stream.wait_stream(torch.cuda.current_stream(device))
+                with torch.cuda.stream(stream):
+                    for _ in range(2):  # plans of the Fourier transform and the convolutions are made outside the graph
+                        embed_batch(model, self._input[:size])
+                torch.cuda.current_stream(device).wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                with torch.cuda.graph(graph, pool=pool):
+                    output = embed_batch(model, self._input[:size])[:, 0]
+                pool = pool or graph.pool()
+                self._graphs[size] = graph, output
+        logger.info("Captured %d graphs of mel and convolutions", len(self._graphs))
+
+    def __call__(self, audio: list):
+        """Return the embeddings of `audio`, a tensor of `samples` on the CPU a frame, as (frames, width)."""
+        import torch
+
+        count = len(audio)
+        size = next(size for size in self._sizes if size >= count)
+        self._turn = (self._turn + 1) % IN_FLIGHT
+        pinned = self._pinned[self._turn][:count]
+        torch.stack(audio, out=pinned)
+        self._input[:count].copy_(pinned, non_blocking=True)
+        graph, output = self._graphs[size]
+        graph.replay()
+        return output[:count]

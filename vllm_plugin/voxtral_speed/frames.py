@@ -1,0 +1,64 @@
+"""The frames of a session, as the patches of the scheduler see them.
+
+In vLLM a realtime session is one `Request` that grows by a frame (80 ms of audio, one token) at a time. Its
+`mm_features` is a list with one `MultiModalFeatureSpec` a frame, addressed by index and by bisection over positions:
+an entry may become small, but must stay. `mark_sessions` makes a `Frames` of that list, by which the patches know a
+session of Voxtral Realtime from every other request.
+"""
+
+import functools
+
+
+class Frames(list):
+    """The features of one session. `spent`: how many have lost their audio, so that they cannot be computed again."""
+
+    spent = 0
+
+
+class Spent(int):
+    """What remains of a frame that is in the KV cache: its position (in tokens), in 32 bytes that the garbage collector
+    does not look at. It has the attributes of MultiModalFeatureSpec and PlaceholderRange that are read of such a frame.
+    """
+
+    __slots__ = ()
+    data = None
+    modality = "audio"
+    length = 1
+
+    @property
+    def mm_position(self) -> "Spent":
+        return self
+
+    @property
+    def offset(self) -> int:
+        return int(self)
+
+
+@functools.cache
+def mark_sessions() -> None:
+    """Have every new session of Voxtral Realtime hold its features in `Frames`. Raises Unexpected."""
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    add_request = Scheduler.add_request
+
+    def marked(self, request):
+        if (
+            request.resumable
+            and type(request.mm_features) is list
+            and is_voxtral_realtime(self.vllm_config.model_config)
+        ):
+            request.mm_features = Frames(request.mm_features)
+        add_request(self, request)
+
+    Scheduler.add_request = marked
+
+
+def is_voxtral_realtime(model_config) -> bool:
+    """Whether this is Voxtral Realtime in Mistral's format (vLLM makes up the name when it reads params.json)."""
+    return "VoxtralRealtimeGeneration" in (model_config.architectures or [])
+
+
+def worker_shares_memory(vllm_config) -> bool:
+    """Whether the worker runs in the scheduler's process (one GPU a model), so that lists can be handed over."""
+    parallel = vllm_config.parallel_config
+    return parallel.distributed_executor_backend == "uni" and parallel.world_size == 1

@@ -1,0 +1,52 @@
+"""A frame's audio, and its encoder output on the GPU, are freed as soon as the frame is in the KV cache.
+
+vLLM: keeps the audio of every frame in `Request.mm_features` until the session ends, and the encoder's output until
+the encoder cache (32,768 embeddings) is full: what was freed there is only made available.
+Cost: 3 MiB of host memory a minute and session, and up to 480 MiB on the GPU that nothing reserves at the start.
+Relies on: a session that is never computed anew. vLLM does that to a request it preempts: `ended` ends such a
+session. Without prefix caching a spent frame keeps only its position (`Spent`); with it, its identifier too, which
+block hashes need.
+Needless with: vllm#50871.
+"""
+
+from . import ended, expect
+from .frames import Frames, Spent, mark_sessions
+
+FREE, FREE_ENCODER_INPUT = "d015877ed844", "221235ce752d"
+
+
+def apply_to_engine() -> None:
+    """Raises Unexpected."""
+    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+    from vllm.v1.core.sched.scheduler import Scheduler
+
+    expect(Scheduler._free_encoder_input, FREE)
+    expect(EncoderCacheManager.free_encoder_input, FREE_ENCODER_INPUT)
+    mark_sessions()
+    ended.apply_to_engine()
+    free = Scheduler._free_encoder_input
+
+    def free_and_release(self, request, input_id):
+        free(self, request, input_id)
+        frames = request.mm_features
+        if type(frames) is not Frames:
+            return
+        frame = frames[input_id]
+        forget_encoder_output(self.encoder_cache_manager, frame.identifier)
+        frames.spent += 1
+        if request._block_hasher is None and frame.mm_position.length == 1:
+            frames[input_id] = Spent(frame.mm_position.offset)
+        else:
+            frame.data = None
+
+    Scheduler._free_encoder_input = free_and_release
+
+
+def forget_encoder_output(cache, identifier: str) -> None:
+    """Have the worker drop an encoder output that no request refers to."""
+    if cache.cached.get(identifier) or identifier not in cache.freeable:
+        return
+    size = cache.freeable.pop(identifier)
+    del cache.cached[identifier], cache.num_embeds_by_hash[identifier]
+    cache.freed.append(identifier)
+    cache.num_free_slots += size

@@ -1,0 +1,89 @@
+"""Short sessions go through the server before it says that it is ready, so that nobody's first caption is late.
+
+vLLM: kernels are compiled and buffers grow when they are first used. The first sessions after a start met single
+frames that took 0.5 to 1.2 s on an H100.
+Relies on: `OpenAIServingRealtime.transcribe_realtime` and `generate`, used as the realtime endpoint uses them.
+Needless with: a warm-up of realtime models in vLLM (no issue known).
+
+vLLM calls `Warmup.init_state` through the entry point `voxtral_warmup` of `vllm.endpoint_plugins`, which
+VLLM_PLUGINS must name, when the engine is ready and the port does not answer yet.
+"""
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from . import active, expect
+from .frames import is_voxtral_realtime
+
+GENERATE = "5cf55d3a1b26"
+RATE, FRAME = 16_000, 1280  # samples
+SECONDS = 1.6  # of each session: the first chunk and 20 frames
+AT_ONCE = 16  # sessions at most: more steps of other sizes bring nothing new
+
+logger = logging.getLogger("vllm.voxtral_speed")
+
+
+def apply_to_server() -> None:
+    """Raises Unexpected."""
+    from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
+
+    expect(RealtimeConnection._run_generation, GENERATE)
+
+
+class Warmup:
+    """An endpoint plugin without a route, as vllm/plugins/endpoint_plugins/interface.py wants it."""
+
+    name = "voxtral_warmup"
+    required_tasks = ("realtime",)
+
+    def attach_router(self, app: object) -> None:
+        """There is none."""
+
+    async def init_state(self, engine_client: object, state: object, args: object) -> None:
+        """Run the sessions: one alone, then several, each begun while the others go on. Never raises."""
+        serving = getattr(state, "openai_serving_realtime", None)
+        if not active("warmup") or serving is None or not is_voxtral_realtime(serving.model_config):
+            return
+        begun = time.monotonic()
+        at_once = max(1, min(AT_ONCE, args.max_num_seqs or AT_ONCE))
+        try:
+            await session(serving, 0)
+            async with asyncio.TaskGroup() as tasks:
+                for number in range(at_once):
+                    tasks.create_task(session(serving, number))
+        except Exception as error:  # the server serves all the same
+            logger.warning("the warm-up failed: %s", error)
+            return
+        logger.info("Warmed up by %d sessions in %.1f s", 1 + at_once, time.monotonic() - begun)
+
+
+async def session(serving, number: int) -> None:
+    """Transcribe some noise, as RealtimeConnection._run_generation in vLLM does it."""
+    from vllm.sampling_params import RequestOutputKind, SamplingParams
+
+    tokens: asyncio.Queue[list[int]] = asyncio.Queue()
+    params = SamplingParams.from_optional(
+        temperature=0.0,
+        max_tokens=serving.model_cls.realtime_max_tokens,
+        output_kind=RequestOutputKind.DELTA,
+        skip_clone=True,
+    )
+    # Every other session begins later, when its first chunk meets frames of the others.
+    await asyncio.sleep(0.05 * (number % 2) * number)
+    prompts = serving.transcribe_realtime(noise(number), tokens)
+    async for output in serving.engine_client.generate(
+        prompt=prompts, sampling_params=params, request_id=f"warmup-{number}-{time.monotonic_ns()}"
+    ):
+        if output.outputs:
+            tokens.put_nowait(list(output.outputs[0].token_ids))
+
+
+async def noise(seed: int) -> AsyncIterator[np.ndarray]:
+    """Yield SECONDS of quiet noise, float32 in [-1, 1] at 16 kHz, frame by frame."""
+    generator = np.random.default_rng(seed)
+    for _ in range(round(SECONDS * RATE / FRAME)):
+        yield generator.normal(0, 1e-3, FRAME).astype(np.float32)
