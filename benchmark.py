@@ -13,10 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from voxtral_client.audio import AudioFile
+from voxtral_client import UserError
 from voxtral_client.cli import add_server_options, run, seconds, server_from
 from voxtral_client.figures import find_limit, holds, processes_for, summary, whole
 from voxtral_client.load import delay_tokens
+from voxtral_client.media import AudioFile
 from voxtral_client.plot import svg
 from voxtral_client.screen import Screen
 from voxtral_client.session import FRAME, Lost, Refused
@@ -254,7 +255,7 @@ async def limit(benchmark: Benchmark) -> dict:
 async def main_loop(options: argparse.Namespace) -> int:
     """Run what was asked for and return the exit code."""
     for path in options.audio:
-        AudioFile(path)  # says at once what is wrong
+        _ = AudioFile(path).seconds  # says at once what is wrong
     if options.plot:
         Path(options.plot).touch()  # says at once if it cannot be written
     found = {}
@@ -271,7 +272,7 @@ async def main_loop(options: argparse.Namespace) -> int:
         if options.plot:
             points = [(run["streams"], run["last_quarter_ms"]) for run in benchmark.runs if run["last_quarter_ms"]]
             if not points:
-                raise ValueError("no stream lasted to the last quarter: there is nothing to plot")
+                raise UserError("no stream lasted to the last quarter: there is nothing to plot")
             title = f"Lag of live captions, {benchmark.model}"
             Path(options.plot).write_text(svg(title, points, found.get("max_lag_ms")))
         screen.write(json.dumps(about | found | {"runs": benchmark.runs}) + "\n")

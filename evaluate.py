@@ -14,11 +14,11 @@ import time
 from contextlib import aclosing
 from pathlib import Path
 
-from voxtral_client import errors
-from voxtral_client.audio import AudioError, AudioFile
+from voxtral_client import UserError, errors
 from voxtral_client.cli import Interrupts, add_server_options, run, server_from
 from voxtral_client.corpus import utterances
-from voxtral_client.pool import Pool, whole
+from voxtral_client.media import AudioFile
+from voxtral_client.pool import Pool, Stopped, whole
 from voxtral_client.screen import Screen
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import Transcriber
@@ -90,7 +90,7 @@ async def evaluate(options: argparse.Namespace) -> int:
     sources = [AudioFile(item.audio) for item in corpus]
     name = options.normalize or "english"
     normalize, server = errors.normalizer(name), server_from(options)
-    heard, failed = [""] * len(corpus), set()
+    heard, scored, failed = [""] * len(corpus), set(), set()
     if options.json:
         Path(options.json).touch()  # says at once if it cannot be written
     with Screen() as screen:
@@ -109,11 +109,11 @@ async def evaluate(options: argparse.Namespace) -> int:
         interrupts = Interrupts(screen.say)
         pool = Pool(make, options.parallel or 8, interrupts.stop)
         pieces = (piece for number, source in enumerate(sources) for piece in whole(number, source))
-        started, done = time.monotonic(), 0
+        started = time.monotonic()
 
         async def redraw() -> None:
             while True:
-                screen.show("", f"{done}/{len(corpus)} recordings, {pool.understood:.0f} s of audio")
+                screen.show("", f"{len(scored)}/{len(corpus)} recordings, {pool.understood:.0f} s of audio")
                 await asyncio.sleep(0.5)
 
         drawing = asyncio.create_task(redraw())
@@ -123,18 +123,17 @@ async def evaluate(options: argparse.Namespace) -> int:
                     if isinstance(item, Word):
                         heard[piece.file] += item.text
                         continue
-                    done += 1
-                    if item is not None:
+                    if item is None:
+                        scored.add(piece.file)
+                    elif not isinstance(item, Stopped):
                         failed.add(piece.file)
                         screen.say(f"error: {item}")
         finally:
             drawing.cancel()
         took = time.monotonic() - started
-        if interrupts.stop.is_set():
-            raise asyncio.CancelledError
         files = []
         for number, item in enumerate(corpus):
-            if number not in failed:
+            if number in scored:
                 reference, hypothesis = normalize(item.text), normalize(heard[number])
                 entry = {"name": item.name, "group": item.group} | errors.count(reference, hypothesis)
                 files.append(entry | {"reference": reference, "hypothesis": hypothesis})
@@ -143,33 +142,38 @@ async def evaluate(options: argparse.Namespace) -> int:
             screen.write(table(files, options.worst))
         if failed:
             screen.say(f"{len(failed)} of {len(corpus)} recordings failed and are not counted")
+        left = len(corpus) - len(scored) - len(failed)
+        if left:
+            screen.say(f"{left} of {len(corpus)} recordings were not reached and are not counted")
         if options.json and files:
             model = (await server.model(options.model))["id"]
-            about = {"corpus": options.corpus, "model": model, "normalize": name, "failed": len(failed)}
+            about = {"corpus": options.corpus, "model": model, "normalize": name, "failed": len(failed), "left": left}
             kept = about | {"all": errors.add(files), "files": files}
             Path(options.json).write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
-    return 1 if failed else 0
+    if interrupts.stop.is_set() and left:
+        return 130
+    return 1 if failed or left else 0
 
 
 def load(path: str) -> dict:
-    """Return a kept run. Raises ValueError where the file is none."""
+    """Return a kept run. Raises UserError where the file is none."""
     try:
         kept = json.loads(Path(path).read_text(encoding="utf-8"))
         assert {"normalize", "files", "all"} <= set(kept)
     except (ValueError, AssertionError, TypeError):
-        raise ValueError(f"{path}: not a run that --json has kept") from None
+        raise UserError(f"{path}: not a run that --json has kept") from None
     return kept
 
 
 def compare(paths: list[str], worst: int) -> str:
-    """Return two kept runs side by side. Raises ValueError where they cannot be compared."""
+    """Return two kept runs side by side. Raises UserError where they cannot be compared."""
     first, second = map(load, paths)
     if first["normalize"] != second["normalize"]:
-        raise ValueError(f"the runs were normalised differently: {first['normalize']} and {second['normalize']}")
+        raise UserError(f"the runs were normalised differently: {first['normalize']} and {second['normalize']}")
     others = {entry["name"]: entry for entry in second["files"]}
     pairs = [(entry, others[entry["name"]]) for entry in first["files"] if entry["name"] in others]
     if not pairs or any(a["reference"] != b["reference"] for a, b in pairs):
-        raise ValueError(f"{paths[0]} and {paths[1]} are of different recordings")
+        raise UserError(f"{paths[0]} and {paths[1]} are of different recordings")
     title = [Path(path).stem[:12] for path in paths]
     text = f"{'':40}  {'words':>7}  {title[0]:>12}  {title[1]:>12}  {'difference':>12}\n"
 
@@ -202,7 +206,7 @@ async def main_loop(options: argparse.Namespace) -> int:
         print(compare(options.compare, options.worst), end="")
         return 0
     if errors.jiwer is None:
-        raise AudioError(f"jiwer and whisper-normalizer are missing: {INSTALL}")
+        raise UserError(f"jiwer and whisper-normalizer are missing: {INSTALL}")
     return await evaluate(options)
 
 

@@ -27,6 +27,9 @@
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
 #   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
 #   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
+#   MAX_UPLOAD_MB=512      largest file that POST /v1/audio/transcriptions takes; it lies in TMPDIR (/tmp) meanwhile
+#   UPLOAD_SESSIONS        sessions that all such files together may take (default: half of MAX_NUM_SEQS)
+#   ALLOWED_HOSTS=""       names under which browsers may use this server, beside its addresses and its own name
 set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
@@ -46,6 +49,7 @@ export MAX_MODEL_LEN=${MAX_MODEL_LEN:-32768}
 export GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.90} MAX_NUM_SEQS=${MAX_NUM_SEQS:-8}
 export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
 export SESSION_IDLE_MINUTES=${SESSION_IDLE_MINUTES:-10} ALLOWED_ORIGINS=${ALLOWED_ORIGINS:-}
+export ALLOWED_HOSTS=${ALLOWED_HOSTS:-} MAX_UPLOAD_MB=${MAX_UPLOAD_MB:-512} UPLOAD_SESSIONS=${UPLOAD_SESSIONS:-}
 export PYTHONDONTWRITEBYTECODE= # where it is set (Docker images do), vLLM compiles all its modules at each start: 25 s more
 name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")
@@ -90,8 +94,8 @@ fi
 export VLLM_USE_FLASHINFER_SAMPLER=0 # decoding is greedy, and that sampler compiles CUDA code at every start
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is here: nothing is asked of the network, and it is told nothing
 
-# Captions for browsers at /captions/, and the guard of the WebSocket: vllm_plugin/voxtral_web.
-export VOXTRAL_CAPTIONS=$here/captions
+# Captions for browsers at /captions/, files over HTTP, and the guard of it all: vllm_plugin/voxtral_web.
+export VOXTRAL_CAPTIONS=$here/captions VOXTRAL_HOME=$here
 # vLLM loads no plugins but these then.
 export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_speed,voxtral_captions,voxtral_warmup
 options+=(--middleware voxtral_web.guard.Guard)

@@ -30,7 +30,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--list-devices", action="store_true", help="show the input devices and exit")
     parser.add_argument("--device", metavar="NUMBER|NAME", help="number or part of a name (default: the system's)")
     parser.add_argument("--channels", type=int, metavar="N", help="channels to record and mix down (default: 1)")
-    parser.add_argument("--output", metavar="FILE", help="captions, written live: .srt, .vtt, .txt or .json")
+    parser.add_argument(
+        "--output", metavar="FILE", help="captions in a new file, written live: .srt, .vtt, .txt, .json or .jsonl"
+    )
     parser.add_argument("--record", metavar="FILE", help="keep what is heard in a new file: .wav or .flac")
     parser.add_argument("--max-duration", type=seconds, metavar="SECONDS", help="stop after so long")
     parser.add_argument("--quiet", action="store_true", help="no status line")
@@ -126,7 +128,7 @@ class Captions:
 
     def open_files(self) -> None:
         """Open the files that were asked for. Raises AudioError or OSError."""
-        self.writer = writer_for(self.options.output) if self.options.output else None
+        self.writer = writer_for(self.options.output, new=True) if self.options.output else None
         self.recording = Recording(self.options.record) if self.options.record else None
         self.files = [file for file in (self.recording, self.writer) if file]
 

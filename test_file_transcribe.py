@@ -4,6 +4,7 @@
 import argparse
 import asyncio
 import itertools
+import os
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -13,17 +14,19 @@ from pathlib import Path
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from voxtral_client.audio import RATE, AudioError, AudioFile, AudioSource, StandardInput
+from voxtral_client import UserError
+from voxtral_client.audio import RATE, AudioError
 from voxtral_client.cli import Interrupts, add_server_options, run, server_from
-from voxtral_client.pool import Piece, Pool, cut, whole
+from voxtral_client.media import AudioFile, AudioSource, StandardInput, is_audio
+from voxtral_client.pool import Piece, Pool, Stopped, cut, whole
 from voxtral_client.screen import Screen
-from voxtral_client.subtitles import FORMATS, Outputs
+from voxtral_client.subtitles import FORMATS, Outputs, Transcript, readable
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import Transcriber
 
 SUFFIXES = set(
-    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 "  # libsndfile
-    ".mp4 .m4a .m4b .mkv .mka .webm .mov .aac .wma .ac3 .3gp .avi .ts .mpg".split()  # ffmpeg
+    ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .mp4 .m4a .m4b .m4v .mkv .mka .webm .mov "
+    ".aac .wma .ac3 .3gp .avi .mpg".split()
 )
 PARALLEL = 16  # sessions at once at most, if nothing is said
 
@@ -34,6 +37,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("paths", nargs="*", metavar="PATH", help="audio file, folder, or - for standard input")
     parser.add_argument("--audio_path", action="append", default=[], metavar="PATH", help="the same")
     parser.add_argument("--raw", type=int, metavar="RATE", help="standard input is raw PCM16 mono at RATE")
+    parser.add_argument("--track", metavar="N|LANGUAGE", help="audio track (default: the one that the file says)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there: a file, a folder, or - for stdout")
     parser.add_argument(
         "-f",
@@ -61,20 +65,43 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--skip-existing needs files to look for: give --format or --output")
     try:
         options.outputs = Outputs(options.output, options.format)
-    except ValueError as error:
+    except UserError as error:
         parser.error(str(error))
     return options
 
 
-def find(paths: list[str]) -> list[str]:
-    """Return the files that `paths` name, those of folders sorted by name. Raises AudioError."""
-    found = []
+def find(paths: list[str]) -> Iterator[str]:
+    """Yield the files that `paths` name, those of folders sorted by name. Raises AudioError for an empty folder."""
     for path in paths:
-        inside = sorted(str(p) for p in Path(path).rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
-        if path != "-" and Path(path).is_dir() and not inside:
+        if path == "-" or not os.path.isdir(path):
+            yield path
+            continue
+        # By the name only so far that a broken one is told; else the content says what it is.
+        inside = sorted(
+            p for p in files_in(path) if Path(p).suffix.lower() in SUFFIXES or os.path.isdir(p) or is_audio(Path(p))
+        )
+        if not inside:
             raise AudioError(f"{path}: no audio files in this folder")
-        found += inside if path != "-" and Path(path).is_dir() else [path]
-    return found
+        yield from inside
+
+
+def files_in(folder: str) -> list[str]:
+    """Return all files below a folder but the hidden ones (AppleDouble's ._x too). Links are followed, once.
+
+    A folder that cannot be read is named as if it were a file, so that it is told.
+    """
+    found: list[str] = []
+    seen: set[str] = set()
+
+    def unreadable(error: OSError) -> None:
+        found.append(error.filename)
+
+    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
+        folders[:] = [name for name in folders if not name.startswith(".") and os.path.realpath(place) not in seen]
+        if os.path.realpath(place) not in seen:
+            found += [os.path.join(place, name) for name in names if not name.startswith(".")]
+        seen.add(os.path.realpath(place))
+    return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
 
 
 def progress(done: float, total: float | None, started: float) -> Table:
@@ -93,24 +120,26 @@ def progress(done: float, total: float | None, started: float) -> Table:
 async def transcribe(options: argparse.Namespace) -> int:
     """Transcribe all files and return the exit code."""
     server, outputs = server_from(options), options.outputs
-    names = find(options.paths)
+    names = list(find(options.paths))
     if options.skip_existing:
-        skipped = [name for name in names if outputs.complete(name)]
+        skipped = {name for name in names if outputs.complete(name)}
         names = [name for name in names if name not in skipped]
         print(f"{len(skipped)} already transcribed", file=sys.stderr)
     outputs.check(names)
     failures, sources = 0, []
     for name in names:
         try:
-            sources.append(StandardInput(options.raw) if name == "-" else AudioFile(name))
+            source = StandardInput(options.raw, options.track) if name == "-" else AudioFile(name, options.track)
+            sources.append((source, source.seconds))
         except AudioError as error:
             failures += 1
+            outputs.fail(name, str(error))
             print(f"error: {error}", file=sys.stderr)
     if not sources:
         return 1 if failures else 0
-    unknown = any(source.seconds is None for source in sources)
-    total = None if unknown else sum(source.seconds for source in sources)
-    one_by_one = options.realtime or "-" in names
+    sources, durations = zip(*sources, strict=True)
+    total = None if None in durations else sum(durations)
+    one_by_one = options.realtime or any(source.endless for source in sources)
     size = 1 if one_by_one else options.parallel or PARALLEL
 
     with Screen(options.quiet) as screen:
@@ -139,18 +168,27 @@ async def transcribe(options: argparse.Namespace) -> int:
                 await asyncio.sleep(0.2)
 
         drawing = asyncio.create_task(redraw())
+        transcripts = Transcripts(sources, outputs, screen)
         try:
             async with aclosing(pool.run(pieces(sources, size))) as items:
-                failures += await write(items, sources, outputs, screen)
+                await transcripts.write(items)
         finally:
+            transcripts.close()
             drawing.cancel()
         took = time.monotonic() - started
-        files = f"{len(sources)} files, " if len(sources) > 1 else ""
-        screen.say(
-            f"{files}{pool.heard:.1f} s of audio in {took:.1f} s: {pool.heard / took:.1f} × real time; "
-            f"{pool.sessions} sessions, {pool.prompt_tokens} prompt tokens, {pool.completion_tokens} completion tokens"
-            + (f"; {failures} failed" if failures else "")
-        )
+        failures += len(transcripts.failed)
+        if left := len(sources) - transcripts.begun:
+            screen.say(f"{left} {'file was' if left == 1 else 'files were'} not begun")
+            failures += 0 if interrupts.stop.is_set() else left
+        if pool.heard:
+            files = f"{len(sources)} files, " if len(sources) > 1 else ""
+            screen.say(
+                f"{files}{pool.heard:.1f} s of audio in {took:.1f} s: {pool.heard / took:.1f} × real time; "
+                f"{pool.sessions} sessions, {pool.prompt_tokens} prompt tokens, "
+                f"{pool.completion_tokens} completion tokens" + (f"; {failures} failed" if failures else "")
+            )
+    if interrupts.stop.is_set() and (transcripts.stopped or left):
+        return 130
     return 1 if failures else 0
 
 
@@ -160,38 +198,76 @@ def pieces(sources: list[AudioSource], size: int) -> Iterator[Piece]:
         yield from cut(number, source) if size > 1 else whole(number, source)
 
 
-async def write(items: AsyncIterator, sources: list[AudioSource], outputs: Outputs, screen: Screen) -> int:
-    """Write each file's words as they come; return how many files failed."""
-    failed, writers, current, started, any_text = set(), [], None, 0.0, False
-    async for piece, item in items:
-        name = sources[piece.file].name
-        if current != piece.file:
-            current, writers, started, any_text = piece.file, outputs.open(name), time.monotonic(), False
-            sessions, usage = 0, {"prompt_tokens": 0, "completion_tokens": 0}
-        if isinstance(item, Word):
-            for writer in writers:
-                writer.write(item)
-            if outputs.to_screen:
-                screen.write(item.text if any_text else item.text.lstrip())
-            any_text = True
-            continue
-        if item is not None:
-            failed.add(piece.file)
-            screen.say(f"error: {item}")
-        sessions += piece.transcriber.sessions
-        for key in usage:
-            usage[key] += getattr(piece.transcriber, key)
-        if piece.last:
-            if outputs.to_screen and any_text:
-                screen.write("\n")
-            seconds = piece.offset / RATE + piece.transcriber.timeline.heard / RATE
-            took = time.monotonic() - started
-            summary = {"seconds": round(seconds, 3), "took": round(took, 3), "speed": round(seconds / took, 2)}
-            whole_file = piece.file not in failed
-            outputs.close(
-                name, writers, whole_file, audio=name, complete=whole_file, sessions=sessions, usage=usage, **summary
-            )
-    return len(failed)
+class Transcripts:
+    """Writes each file's words as they come. Trouble with a file is a line, and the next file goes on."""
+
+    def __init__(self, sources: list[AudioSource], outputs: Outputs, screen: Screen):
+        self._sources, self._outputs, self._screen = sources, outputs, screen
+        self.failed: dict[int, str] = {}  # number of a file, what went wrong
+        self.stopped: set[int] = set()  # numbers of files that Ctrl+C cut short
+        self.begun = 0
+        self._file: Transcript | None = None
+        self._said: set[str] = set()
+
+    async def write(self, items: AsyncIterator) -> None:
+        """Write what the pool yields. Raises OSError where standard output does not take it."""
+        async for piece, item in items:
+            if self.begun != piece.file + 1:
+                self.close()
+                self._open(piece)
+            if isinstance(item, Word):
+                self._file.write(item)
+                if self._outputs.to_screen:
+                    self._screen.write(item.text if self._any_text else item.text.lstrip())
+                self._any_text = True
+                continue
+            if isinstance(item, Stopped):
+                self.stopped.add(piece.file)
+            elif item is not None:
+                self._fail(str(item))
+            self._count(piece)
+            if piece.last:
+                self._whole = True
+                self.close()
+
+    def close(self) -> None:
+        """Finish the file that is being written; it is complete if its last piece came, and all went well."""
+        if self._file is None:
+            return
+        file, self._file, number = self._file, None, self.begun - 1
+        if not self._whole and number not in self.failed:
+            self.stopped.add(number)
+        if self._outputs.to_screen and self._any_text:
+            self._screen.write("\n")
+        if file.error:
+            self._fail(file.error)
+        took = time.monotonic() - self._started
+        summary = {"audio": readable(self._sources[number].name), "sessions": self._sessions, "usage": self._usage}
+        summary |= {"seconds": round(self._seconds, 3), "took": round(took, 3), "speed": round(self._seconds / took, 2)}
+        if error := self.failed.get(number) or ("stopped before its end" if number in self.stopped else ""):
+            summary["error"] = error
+        file.close(not error, **summary)
+        if file.error and not error:
+            self._fail(file.error)
+
+    def _open(self, piece: Piece) -> None:
+        self.begun = piece.file + 1
+        self._file = self._outputs.open(self._sources[piece.file].name)
+        self._started, self._whole, self._any_text = piece.begun, False, False
+        self._sessions, self._seconds, self._usage = 0, 0.0, {"prompt_tokens": 0, "completion_tokens": 0}
+
+    def _count(self, piece: Piece) -> None:
+        transcriber = piece.transcriber
+        self._seconds = (piece.offset + transcriber.timeline.heard) / RATE
+        self._sessions += transcriber.sessions
+        for key in self._usage:
+            self._usage[key] += getattr(transcriber, key)
+
+    def _fail(self, error: str) -> None:
+        self.failed.setdefault(self.begun - 1, error)
+        if error not in self._said:
+            self._screen.say(f"error: {error}")
+        self._said.add(error)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -36,7 +36,9 @@ export async function model(base, key) {
   }
   if (reply.status === 401) throw new Refused(key ? "wrong key" : "the server wants a key", true);
   if (reply.status >= 500) throw new Lost(`the server is not well (HTTP ${reply.status})`);
-  const models = (await reply.json().catch(() => ({}))).data ?? [];
+  const answer = await reply.json().catch(() => ({}));
+  if (reply.status === 403) throw new Refused(answer.error?.message ?? "the server refuses this page (HTTP 403)");
+  const models = answer.data ?? [];
   if (!models.length) throw new Refused(`no realtime server (HTTP ${reply.status})`);
   return models[0];
 }

@@ -194,7 +194,7 @@ class Transcription {
       final request = await http.getUrl(url.replace(scheme: url.isScheme('wss') ? 'https' : 'http', path: path));
       _headers.forEach(request.headers.set);
       final reply = await request.close();
-      if (reply.statusCode == 401 || reply.statusCode == 403) throw Refused('wrong API key (${reply.statusCode})');
+      if (reply.statusCode == 401) throw Refused('wrong API key (401)');
       if (reply.statusCode != 200) throw Lost('the server is not well (HTTP ${reply.statusCode})');
       final served = (jsonDecode(await utf8.decodeStream(reply)) as Map)['data'][0] as Map;
       model ??= served['id'] as String;

@@ -128,7 +128,8 @@ export class Transcription {
     const url = this.url.replace(/^ws/, "http").replace(/\/realtime\/?$/, "/models");
     const reply = await fetch(url, { headers: this.key ? { Authorization: `Bearer ${this.key}` } : {} })
       .catch(() => { throw new Error(`${this.url}: no server answers there`); });
-    if (reply.status === 401 || reply.status === 403) throw new Refused(`wrong API key (HTTP ${reply.status})`);
+    if (reply.status === 401) throw new Refused("wrong API key (HTTP 401)");
+    if (reply.status === 403) throw new Refused((await reply.json()).error.message); // a page under a foreign name
     if (!reply.ok) throw new Error(`the server is not well (HTTP ${reply.status})`);
     const [served] = (await reply.json()).data;
     this.model ??= served.id;

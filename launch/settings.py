@@ -20,7 +20,7 @@ OPTIONS = {
     "--api-key": "API_KEY",
     "--kv-cache-dtype": "KV_CACHE_DTYPE",
 }
-WHOLE = ("PORT", "MAX_MODEL_LEN", "MAX_NUM_SEQS", "MAX_NUM_BATCHED_TOKENS", "CPU_KVCACHE_GB")
+WHOLE = "PORT MAX_MODEL_LEN MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS CPU_KVCACHE_GB MAX_UPLOAD_MB UPLOAD_SESSIONS".split()
 FIRST_CHUNK = 39  # tokens with which a session begins: 1 + 32 of padding + the delay of 480 ms
 NUMBERS = dict.fromkeys(WHOLE, int) | {"GPU_MEMORY_UTILIZATION": float, "SESSION_IDLE_MINUTES": float}
 

@@ -9,7 +9,8 @@ import soundfile
 import soxr
 from conftest import ROOT
 
-from voxtral_client.audio import AudioError, AudioFile, Resampler, to_pcm16
+from voxtral_client.audio import AudioError, Resampler, to_pcm16
+from voxtral_client.media import AudioFile
 
 
 def tone(rate: int, seconds: float, level: float = 0.5, frequency: float = 440.0) -> np.ndarray:
@@ -64,14 +65,14 @@ def test_files_that_are_no_audio(tmp_path, content, message):
     if content is not None:
         path.write_bytes(content)
     with pytest.raises(AudioError, match=message):
-        AudioFile(path)
+        _ = AudioFile(path).seconds
 
 
 def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path):
     """An hour of (sparse) WAV, read to the end in a process of its own: peak memory as for a short file."""
     script = (
         "import re, sys; sys.path.insert(0, sys.argv[1])\n"
-        "from voxtral_client.audio import AudioFile\n"
+        "from voxtral_client.media import AudioFile\n"
         "n = sum(len(b) for b in AudioFile(sys.argv[2]).blocks())\n"
         "print(n, re.search(r'VmHWM:\\s+(\\d+)', open('/proc/self/status').read())[1])"
     )

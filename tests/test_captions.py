@@ -1,4 +1,4 @@
-"""The captions page in Chromium and Firefox, hearing speech, against real servers; and the guard of the WebSocket."""
+"""The captions page in Chromium and Firefox, hearing speech, against real servers; and the keys they bring."""
 
 import asyncio
 import base64
@@ -13,6 +13,7 @@ import urllib.request
 from pathlib import Path
 
 import numpy as np
+import openai
 import pytest
 import srt
 import websockets
@@ -324,7 +325,7 @@ def handshake(url: str, **options: object) -> int | str | None:
     return asyncio.run(run())
 
 
-def test_guard(locked, server):
+def test_keys_and_origins(locked, server):
     """What the WebSocket answers to keys and origins; no Origin means that it is no browser."""
     trust = ssl.create_default_context(cafile=locked.certificate)
     key = f"key.{b'sesame'.hex()}"
@@ -348,6 +349,19 @@ def test_guard(locked, server):
         assert handshake(server.url, origin=origin) == 403, origin
 
 
+def test_files_over_http(locked, speech):
+    """With TLS and a key, through the only slot there is; a wrong key is told as OpenAI's clients know it."""
+    path, spoken = speech
+    trust = openai.DefaultHttpxClient(verify=ssl.create_default_context(cafile=locked.certificate))
+    with openai.OpenAI(base_url=f"{locked.page}../v1", api_key="sesame", http_client=trust, max_retries=0) as client:
+        answer = client.audio.transcriptions.create(file=path, model="tiny")
+        assert (answer.text.split(), answer.model_extra["complete"]) == (spoken, True)
+        with pytest.raises(openai.AuthenticationError) as caught:
+            client.with_options(api_key="wrong").audio.transcriptions.create(file=path, model="tiny")
+        assert caught.value.code == "invalid_api_key"
+    assert "sesame" not in locked.log.read_text()
+
+
 def test_page_needs_no_key_and_leads_nowhere_else(locked):
     trust = ssl.create_default_context(cafile=locked.certificate)
 
@@ -365,11 +379,12 @@ def test_page_needs_no_key_and_leads_nowhere_else(locked):
     assert all(get(name)[0] == 200 for name in used)
 
 
-def test_refuses_nonsense_before_the_start():
-    command = ["env", f"MODEL={CHECKPOINT}", "HOST=127.0.0.1", "SESSION_IDLE_MINUTES=ten", "./serve.sh"]
+@pytest.mark.parametrize("setting", ["SESSION_IDLE_MINUTES=ten", "MAX_UPLOAD_MB=0", "UPLOAD_SESSIONS=half"])
+def test_refuses_nonsense_before_the_start(setting):
+    command = ["env", f"MODEL={CHECKPOINT}", "HOST=127.0.0.1", setting, "./serve.sh"]
     result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert (result.returncode, len(result.stderr.splitlines())) == (2, 1)
-    assert "SESSION_IDLE_MINUTES=ten" in result.stderr
+    assert setting in result.stderr
 
 
 def test_long_talk_rolls_over(server):

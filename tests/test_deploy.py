@@ -13,7 +13,8 @@ import websockets
 from conftest import ROOT, ServerProcess, free_port
 from speech import talk, write
 
-from voxtral_client.audio import AudioFile, stream
+from voxtral_client.audio import stream
+from voxtral_client.media import AudioFile
 from voxtral_client.session import Server
 from voxtral_client.transcriber import Transcriber
 

@@ -7,8 +7,7 @@ from conftest import run_script
 from speech import talk, write
 
 import evaluate
-from voxtral_client import errors
-from voxtral_client.audio import AudioError
+from voxtral_client import UserError, errors
 from voxtral_client.corpus import utterances
 
 
@@ -75,7 +74,7 @@ def test_manifests(tmp_path, name, text):
 )
 def test_corpora_that_make_no_sense(tmp_path, name, text, said):
     fill(tmp_path, {name: text})
-    with pytest.raises(AudioError, match=said):
+    with pytest.raises(UserError, match=said):
         utterances(tmp_path if name.endswith(".txt") else tmp_path / name)
 
 

@@ -12,7 +12,8 @@ from conftest import ServerProcess
 from proxy import Proxy
 from speech import talk, write
 
-from voxtral_client.audio import AudioFile, stream
+from voxtral_client.audio import stream
+from voxtral_client.media import AudioFile
 from voxtral_client.session import Server
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import GaveUp, Transcriber

@@ -285,20 +285,12 @@ def test_binary_frame(server, pcm):
         assert client.ended().rcvd is None  # 1006
 
 
-def test_longest_message(server):
-    message = json.dumps(append(b""))
-    with Client(server.url, message.ljust(2**24)) as client:
-        assert client.receive()["code"] == "invalid_audio"
-        client.send(message.ljust(2**24 + 1))
-        assert client.ended().rcvd.code == 1009
-
-
 def test_ping_is_answered(server):
     with Client(server.url) as client:
         assert client.socket.ping().wait(60)
 
 
-@pytest.mark.parametrize(("path", "status"), [("/v1/realtime/", 403), ("/v1/other", 403)])
+@pytest.mark.parametrize(("path", "status"), [("/v1/realtime/", 404), ("/v1/other", 404)])
 def test_wrong_path(server, path, status):
     with pytest.raises(InvalidStatus) as caught, Client(server.url.replace("/v1/realtime", path)):
         pass
@@ -430,7 +422,7 @@ def test_engine_dies(small):
 
 
 def test_pings_without_a_pong(silent):
-    """The server sends pings; 20 s without an answer, and it closes with 1011."""
+    """The server sends pings; 60 s without an answer, and it closes with 1011."""
     silent.settimeout(120)
     stream = silent.makefile("rb")
     while stream.readline() != b"\r\n":

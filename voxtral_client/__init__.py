@@ -3,3 +3,7 @@
 `session` speaks the protocol, `timeline` keeps the books, `transcriber` joins both into one
 transcription that survives its sessions. Nothing here imports torch or vllm.
 """
+
+
+class UserError(Exception):
+    """Something that the user can change; the message is one line that says what."""

@@ -2,15 +2,21 @@
 
 import argparse
 import asyncio
+import contextlib
+import io
 import os
 import signal
 import ssl
 import sys
+import threading
+import traceback
 from collections.abc import Awaitable, Callable
 
-from .audio import AudioError
+from . import UserError
 from .session import DEFAULT_URL, Lost, Refused, Server
 from .transcriber import GIVE_UP_SECONDS, GaveUp
+
+GRACE_SECONDS = 0.5  # for the last words after SIGTERM
 
 
 def seconds(text: str) -> float:
@@ -55,7 +61,10 @@ def server_from(options: argparse.Namespace) -> Server:
 
 
 class Interrupts:
-    """Ctrl+C: the first sets `stop`, to end the audio, so that the last words still arrive; the second stops."""
+    """Ctrl+C: the first sets `stop`, to end the audio, so that the last words still arrive; the second stops.
+
+    SIGTERM is the first, and soon afterwards the second.
+    """
 
     def __init__(self, say: Callable[[str], None]):
         self.stop = asyncio.Event()
@@ -69,22 +78,59 @@ class Interrupts:
                 loop.call_soon_threadsafe(self.stop.set)
                 loop.call_soon_threadsafe(say, "stopping: the last words are coming (Ctrl+C again to stop at once)")
 
+        def terminate(*_: object) -> None:
+            loop.call_soon_threadsafe(self.stop.set)
+            loop.call_soon_threadsafe(loop.call_later, GRACE_SECONDS, task.cancel, "terminated")
+
         signal.signal(signal.SIGINT, interrupt)
+        signal.signal(signal.SIGTERM, terminate)
+
+
+async def _ended(main: Awaitable[int]) -> int:
+    """Wait for a script's coroutine. When it was stopped, end the process, whatever its threads still wait for."""
+    try:
+        return await main
+    except asyncio.CancelledError:
+        print("stopped", file=sys.stderr, flush=True)
+        with contextlib.suppress(OSError):
+            sys.stdout.flush()
+        os._exit(130)
 
 
 def run(main: Awaitable[int]) -> int:
     """Run a script's coroutine; turn what users run into one line on stderr and an exit code."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed: `>&-`
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # until Interrupts takes over
     try:
-        return asyncio.run(main)
-    except (Refused, Lost, GaveUp, AudioError, ValueError) as error:
+        return asyncio.run(_ended(main))
+    except (Refused, Lost, GaveUp, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
-    except (KeyboardInterrupt, asyncio.CancelledError):
+    except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except BrokenPipeError:  # `| head` has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
+        _give_up_stdout()
     except OSError as error:
-        print(f"error: {error.filename or 'output'}: {error.strerror}", file=sys.stderr)
-        return 1
+        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        _give_up_stdout()
+    except Exception as error:
+        print(f"error: {fault(error)}", file=sys.stderr)
+    return 1
+
+
+def _give_up_stdout() -> None:
+    """Let nothing more be written there: Python would try it again at the end, and complain."""
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
+def fault(error: BaseException) -> str:
+    """Return the line that tells a fault of ours, not of the user's."""
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    place = traceback.extract_tb(error.__traceback__)[-1:]
+    where = f" ({os.path.basename(place[0].filename)}, line {place[0].lineno})" if place else ""
+    return f"internal error, please report it: {type(error).__name__}: {error}{where}"

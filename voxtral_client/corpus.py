@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .audio import AudioError
+from . import UserError
 
 AUDIO_NAMES = ("audio", "path", "file", "audio_filepath", "audio_path", "filename", "file_name", "wav")
 TEXT_NAMES = ("text", "sentence", "transcript", "transcription", "reference")
@@ -36,38 +36,51 @@ class Utterance:
 
 
 def utterances(path: str | Path) -> list[Utterance]:
-    """Return the recordings that a folder or a manifest names. Raises AudioError for what makes no sense."""
+    """Return the recordings that a folder or a manifest names. Raises UserError for what makes no sense."""
     path = Path(path)
     if not path.exists():
-        raise AudioError(f"{path}: no such folder or manifest")
+        raise UserError(f"{path}: no such folder or manifest")
     try:
         found = list(_folder(path) if path.is_dir() else _manifest(path))
     except UnicodeDecodeError:
-        raise AudioError(f"{path}: the texts are not UTF-8") from None
+        raise UserError(f"{path}: the texts are not UTF-8") from None
     if not found:
         wanted = "audio files with texts beside them (talk.wav and talk.txt)" if path.is_dir() else "lines"
-        raise AudioError(f"{path}: no {wanted} there")
+        raise UserError(f"{path}: no {wanted} there")
     names = [item.name for item in found]
     if len(set(names)) < len(names):
-        raise AudioError(f"{path}: {max(names, key=names.count)} is named twice")
+        raise UserError(f"{path}: {max(names, key=names.count)} is named twice")
     return found
 
 
 def _folder(folder: Path) -> Iterator[Utterance]:
-    libri = sorted(folder.rglob("*.trans.txt"))
+    libri, beside = sorted(folder.rglob("*.trans.txt")), _Beside()
     for transcript in libri:
         for line in transcript.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
-            audio = next((p for p in sorted(transcript.parent.glob(f"{name}.*")) if p.suffix not in NOT_AUDIO), None)
+            audio = beside(transcript, name)
             if name and audio is None:
-                raise AudioError(f"{transcript}: there is no audio {name} beside it")
+                raise UserError(f"{transcript}: there is no audio {name} beside it")
             if name:
                 yield Utterance(name, audio, text, name.split("-")[0])
     for text in sorted(folder.rglob("*.txt")) if not libri else ():
-        beside = (p for p in sorted(text.parent.glob("*.*")) if p.stem == text.stem and p.suffix not in NOT_AUDIO)
-        if audio := next(beside, None):
+        if audio := beside(text, text.stem):
             name, group = (str(p.relative_to(folder)) for p in (audio, text.parent))
             yield Utterance(name, audio, text.read_text(encoding="utf-8").strip(), group)
+
+
+class _Beside:
+    """Finds the audio beside a text. Each folder is read once: corpora have tens of thousands of files in one."""
+
+    def __init__(self) -> None:
+        self._folders: dict[Path, dict[str, Path]] = {}
+
+    def __call__(self, text: Path, name: str) -> Path | None:
+        """Return the first audio file in the folder of `text` that is called `name` and an ending."""
+        if text.parent not in self._folders:
+            audio = (path for path in sorted(text.parent.iterdir(), reverse=True) if path.suffix not in NOT_AUDIO)
+            self._folders[text.parent] = {path.stem: path for path in audio}
+        return self._folders[text.parent].get(name)
 
 
 def _manifest(path: Path) -> Iterator[Utterance]:
@@ -78,7 +91,7 @@ def _manifest(path: Path) -> Iterator[Utterance]:
         )
         if not isinstance(audio, str) or not isinstance(text, str):
             missing, names = ("audio", AUDIO_NAMES) if not isinstance(audio, str) else ("text", TEXT_NAMES)
-            raise AudioError(f"{path}: entry {number} has no {missing}; name it one of: {', '.join(names)}")
+            raise UserError(f"{path}: entry {number} has no {missing}; name it one of: {', '.join(names)}")
         yield Utterance(audio, path.parent / audio, text, "." if group is None else str(group))
 
 
@@ -95,7 +108,7 @@ def _entries(path: Path) -> Iterator[dict]:
                 except ValueError:
                     entry = None
                 if not isinstance(entry, dict):
-                    raise AudioError(f"{path}: not JSONL: each line must be an object {{...}}")
+                    raise UserError(f"{path}: not JSONL: each line must be an object {{...}}")
                 yield entry
         else:
-            raise AudioError(f"{path}: not a manifest; give a folder, or a file ending in .csv, .tsv or .jsonl")
+            raise UserError(f"{path}: not a manifest; give a folder, or a file ending in .csv, .tsv or .jsonl")

@@ -20,8 +20,9 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from .audio import RATE, AudioError, AudioFile
+from .audio import RATE, AudioError
 from .cli import server_from
+from .media import AudioFile
 from .session import FRAME, Done, Lost, Refused, Server, Session
 
 CHUNK = FRAME / RATE  # seconds of audio in a message: a frame, so that each delta waits for a message of its own

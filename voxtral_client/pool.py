@@ -5,13 +5,17 @@ So a long file is cut in its quietest pauses; a short one is a piece by itself.
 """
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from .audio import RATE, AudioError, AudioSource, stream
+from . import UserError
+from .audio import RATE, stream, threaded
+from .cli import fault
+from .media import AudioSource
 from .session import Lost, Refused
 from .timeline import HOP, Word
 from .transcriber import GaveUp, Transcriber
@@ -20,43 +24,52 @@ SHORTEST_PIECE, LONGEST_PIECE = 20 * RATE, 60 * RATE
 QUIET = RATE // 2 // HOP  # length of the pause to look for, in level readings
 
 
+class Stopped(Exception):
+    """Ctrl+C came before the end of a file."""
+
+
 @dataclass
 class Piece:
-    """Part of a file: number of the file, offset in it in samples, audio, and whether it is the last part."""
+    """Part of a file: number of the file, offset in it in samples, audio, and whether it is the last part.
+
+    `endless`: the audio may be ended at any time, and is complete all the same.
+    """
 
     file: int
     offset: int
     blocks: Iterable[bytes]
     last: bool
+    endless: bool = False
     transcriber: Transcriber | None = None
+    begun: float = field(default_factory=time.monotonic)
     items: asyncio.Queue = field(default_factory=asyncio.Queue)  # Word; at the end None or the Exception
 
 
 def whole(number: int, source: AudioSource) -> Iterator[Piece]:
     """Return a file as one piece, streamed from disk."""
-    yield Piece(number, 0, source.blocks(), True)
+    yield Piece(number, 0, source.blocks(), True, source.endless)
 
 
 def cut(number: int, source: AudioSource) -> Iterator[Piece]:
     """Cut a file into pieces of 20 to 60 s, each read when it is asked for."""
-    audio, offset, error = bytearray(), 0, None
+    audio, offset, begun, error = bytearray(), 0, time.monotonic(), None
     try:
         for block in source.blocks():
             audio += block
             if len(audio) >= 2 * LONGEST_PIECE:
                 at = quietest_pause(np.frombuffer(audio, "<i2"))
-                yield Piece(number, offset, Audio(audio[: 2 * at]), False)
+                yield Piece(number, offset, Audio(audio[: 2 * at]), False, begun=begun)
                 offset += at
                 audio = audio[2 * at :]
-    except AudioError as damage:
-        error = damage
-    yield Piece(number, offset, Audio(audio, error), True)
+    except Exception as problem:  # the worker that transcribes the last piece raises it
+        error = problem
+    yield Piece(number, offset, Audio(audio, error), True, begun=begun)
 
 
 class Audio:
     """Audio in memory, to be iterated over as often as needed; ends with `error` if there is one."""
 
-    def __init__(self, pcm: bytes, error: AudioError | None = None):
+    def __init__(self, pcm: bytes, error: Exception | None = None):
         self._pcm, self._error = bytes(pcm), error
 
     def __iter__(self) -> Iterator[bytes]:
@@ -86,6 +99,7 @@ class Pool:
         self._make, self._size, self._stop, self._realtime = make, size, stop, realtime
         self._active: list[Piece] = []
         self._understood = self._heard = 0
+        self._lost = False  # the server: one piece has found out for all
         self.sessions = self.prompt_tokens = self.completion_tokens = 0
 
     @property
@@ -106,7 +120,8 @@ class Pool:
     async def run(self, pieces: Iterator[Piece]) -> AsyncIterator[tuple[Piece, Word | Exception | None]]:
         """Yield each piece's words in order, with times of the file, then None or what went wrong.
 
-        After something went wrong, the rest of that piece is missing; others go on.
+        After something went wrong, the rest of that piece is missing; others go on, unless the server is lost: then no
+        more pieces are begun.
         """
         order: asyncio.Queue[Piece | None] = asyncio.Queue()
         returned: list[Piece] = []
@@ -114,9 +129,11 @@ class Pool:
 
         async def next_piece() -> Piece | None:
             async with reading:
+                if self._lost:
+                    return None
                 if returned:
                     return returned.pop()
-                if self._stop.is_set() or (piece := await asyncio.to_thread(next, pieces, None)) is None:
+                if self._stop.is_set() or (piece := await anext(coming, None)) is None:
                     return None
                 order.put_nowait(piece)
                 return piece
@@ -134,48 +151,62 @@ class Pool:
                     for _ in range(self._size):
                         workers.create_task(work())
             finally:
+                for piece in returned:
+                    piece.items.put_nowait(Stopped())
                 order.put_nowait(None)
 
-        working = asyncio.create_task(work_all())
-        try:
-            while piece := await order.get():
-                while isinstance(item := await piece.items.get(), Word):
+        async with aclosing(threaded(pieces)) as coming:
+            working = asyncio.create_task(work_all())
+            try:
+                while piece := await order.get():
+                    while isinstance(item := await piece.items.get(), Word):
+                        yield piece, item
                     yield piece, item
-                yield piece, item
-            await working
-        finally:
-            working.cancel()
-            await asyncio.gather(working, return_exceptions=True)
+                await working
+            finally:
+                working.cancel()
+                await asyncio.gather(working, return_exceptions=True)
 
     async def _transcribe(self, piece: Piece) -> bool:
         """Put the piece's words into its queue; return False if the server has no slot for it."""
         piece.transcriber = self._make(bool(self._active))
         self._active.append(piece)
-        timeline, end = piece.transcriber.timeline, None
+        end, ended, busy = Stopped(), asyncio.Event(), False
         try:
             await piece.transcriber.open()
             # Pieces at work are finished even when told to stop: so the transcript has no holes.
-            chunks = stream(iter(piece.blocks), self._realtime, self._stop if self._size == 1 else None)
+            stop = self._stop if self._size == 1 else None
+            chunks = stream(iter(piece.blocks), self._realtime, stop, ended)
             async with aclosing(piece.transcriber.words(chunks)) as words:
                 async for word in words:
                     piece.items.put_nowait(self._placed(word, piece))
-        except Lost as error:
-            if error.busy:
-                return False
+            if ended.is_set() or piece.endless:
+                end = None
+        except (Refused, Lost, GaveUp) as error:
+            end, busy = error, isinstance(error, Lost) and error.busy
+            self._lost = self._lost or not busy
+        except UserError as error:
             end = error
-        except (Refused, GaveUp, AudioError) as error:
-            end = error
+        except Exception as error:
+            end = RuntimeError(fault(error))
         finally:
             self._active.remove(piece)
+            if not busy:
+                self._book(piece, end)
+        return not busy
+
+    def _book(self, piece: Piece, end: Exception | None) -> None:
+        """Put the end of the piece into its queue, and count it."""
+        timeline = piece.transcriber.timeline
         for word in timeline.tail:  # no session will replace it any more
             piece.items.put_nowait(self._placed(word, piece))
         piece.items.put_nowait(end)
+        piece.blocks = ()  # may wait long for those before it to be written
         self._understood += min(timeline.understood, timeline.heard)
         self._heard += timeline.heard
         self.sessions += piece.transcriber.sessions
         self.prompt_tokens += piece.transcriber.prompt_tokens
         self.completion_tokens += piece.transcriber.completion_tokens
-        return True
 
     @staticmethod
     def _placed(word: Word, piece: Piece) -> Word:

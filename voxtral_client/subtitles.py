@@ -1,4 +1,4 @@
-"""Transcripts as files: text, SubRip, WebVTT, JSON; each valid at any moment while it grows.
+"""Transcripts as files: text, SubRip, WebVTT, JSON, JSON lines; each valid at any moment while it grows.
 
 SubRip has no standard; WebVTT's is https://www.w3.org/TR/webvtt1/. Limits of a cue follow common
 broadcast guidelines: two lines of 42 characters, 1 to 7 seconds.
@@ -8,10 +8,12 @@ import json
 import os
 import sys
 import textwrap
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import BinaryIO
 
+from . import UserError
 from .timeline import Word
 
 LINES, COLUMNS = 2, 42
@@ -66,43 +68,63 @@ def clock(seconds: float, mark: str) -> str:
 
 
 class Writer:
-    """Base of all formats: a file whose end is written anew for each word, so that it is always whole."""
+    """Base of all formats: a file whose end is written anew for each word, so that it is always whole.
 
-    def __init__(self, file: BinaryIO):
-        self._file = file
-        self._live = file.seekable()
-        self._fixed = 0  # bytes that stay
+    Standard output is only ever appended to.
+    """
+
+    def __init__(self, file: BinaryIO, standard: bool = False):
+        """`file`: unbuffered, so that an error is known at once; `standard`: it is standard output."""
+        self._file, self._standard = file, standard
+        self._fixed, self._end = 0, b""  # bytes that stay, and what stands behind them
 
     def write(self, word: Word) -> None:
-        """Add a settled word."""
+        """Add a settled word. Raises OSError; the file is then as it was before."""
         raise NotImplementedError
 
     def close(self, **summary: object) -> None:
-        """Finish the file. `summary` goes into formats that have a place for it."""
-        self._finish(summary)
-        if self._file is not sys.stdout.buffer:
-            self._file.close()
+        """Finish the file. `summary` goes into formats that have a place for it. Raises OSError."""
+        try:
+            self._finish(summary)
+        finally:
+            if not self._standard:
+                self._file.close()
 
     def _finish(self, summary: dict) -> None:
         """Write what ends the file."""
 
     def _put(self, fixed: str, end: str = "") -> None:
         """Append `fixed` for good, and `end` until the next call."""
-        data = fixed.encode()
-        if self._live:
-            self._file.seek(self._fixed)
-            self._file.write(data + end.encode())
-            self._file.truncate()
-        else:
+        data, tail = self._encoded(fixed), self._encoded(end)
+        if self._standard:
             self._file.write(data)
-        self._file.flush()
-        self._fixed += len(data)
+            self._file.flush()
+            return
+        try:
+            self._replace_end(data + tail)
+        except OSError:
+            with suppress(OSError):  # the disk is full, but for what stood there before there is room
+                self._replace_end(self._end)
+            raise
+        self._fixed, self._end = self._fixed + len(data), tail
+
+    def _replace_end(self, data: bytes) -> None:
+        self._file.seek(self._fixed)
+        while data:
+            data = data[self._file.write(data) :]
+        self._file.truncate()
+
+    def _encoded(self, text: str) -> bytes:
+        return text.encode(errors="replace")
 
 
 class Text(Writer):
-    """The plain transcript."""
+    """The plain transcript, on standard output as that shows it."""
 
     _any = False
+
+    def _encoded(self, text: str) -> bytes:
+        return text.encode(sys.stdout.encoding if self._standard else "utf-8", "replace")
 
     def write(self, word: Word) -> None:
         self._put(word.text if self._any else word.text.lstrip())
@@ -117,8 +139,8 @@ class SubRip(Writer):
 
     HEAD, MARK = "", ","
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
+    def __init__(self, file: BinaryIO, standard: bool = False):
+        super().__init__(file, standard)
         self._cues, self._number = Cues(), 1
         self._put(self.HEAD)
 
@@ -155,8 +177,8 @@ class Json(Writer):
 
     _separator = ""
 
-    def __init__(self, file: BinaryIO):
-        super().__init__(file)
+    def __init__(self, file: BinaryIO, standard: bool = False):
+        super().__init__(file, standard)
         self._put('{"words": [', "]}\n")
 
     def write(self, word: Word) -> None:
@@ -169,22 +191,91 @@ class Json(Writer):
         self._put(f"\n]{fields}}}\n")
 
 
-FORMATS: dict[str, type[Writer]] = {"txt": Text, "srt": SubRip, "vtt": WebVTT, "json": Json}
+class JsonLines(Writer):
+    """JSON lines: {"text", "start", "end", "session"} for each word as it settles, and {"complete", ...summary} last.
+
+    The words' `text` begins with the space that stands before them: joined they are the transcript, in any script.
+    """
+
+    def write(self, word: Word) -> None:
+        self._line(asdict(word) | {"start": round(word.start, 3), "end": round(word.end, 3)})
+
+    def _finish(self, summary: dict) -> None:
+        self._line(summary)
+
+    def _line(self, entry: dict) -> None:
+        self._put(json.dumps(entry, ensure_ascii=False) + "\n")
 
 
-def writer_for(path: str | Path, format: str | None = None) -> Writer:
+FORMATS: dict[str, type[Writer]] = {"txt": Text, "srt": SubRip, "vtt": WebVTT, "json": Json, "jsonl": JsonLines}
+
+
+def writer_for(path: str | Path, format: str | None = None, new: bool = False) -> Writer:
     """Open `path` ("-" for stdout) for writing in `format`, by default that of its ending.
 
-    Raises ValueError (unknown ending) or OSError, whose text is for the user.
+    Raises UserError (unknown ending, or `new` and there already) or OSError.
     """
     form = format or format_of(path)
     if form is None:
-        raise ValueError(unknown_ending(path))
-    return FORMATS[form](sys.stdout.buffer if str(path) == "-" else open(path, "wb"))
+        raise UserError(unknown_ending(path))
+    if str(path) == "-":
+        return FORMATS[form](sys.stdout.buffer, standard=True)
+    try:
+        return FORMATS[form](open(path, "xb" if new else "wb", buffering=0))
+    except FileExistsError:
+        raise UserError(f"{path}: exists already; move it away or give another name") from None
+
+
+class Transcript:
+    """The transcript of one recording, in all the places where it goes. Trouble with a file ends that file."""
+
+    def __init__(self, paths: list[Path], forms: list[str], standard: str | None):
+        """`standard`: format for standard output. Raises OSError where a file cannot be made."""
+        self._marks = [unfinished(path) for path in paths]
+        self._writers: dict[Path, Writer] = {}
+        self._standard = writer_for("-", standard) if standard else None
+        self.error: str | None = None  # what went wrong with a file, one line
+        for number, path in enumerate(paths):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._marks[number].touch()
+                self._writers[path] = writer_for(path, forms[number])
+            except OSError as error:
+                self._failed(path, error)
+
+    def write(self, word: Word) -> None:
+        """Add a settled word. Raises OSError for standard output only."""
+        if self._standard:
+            self._standard.write(word)
+        for path, writer in list(self._writers.items()):
+            try:
+                writer.write(word)
+            except OSError as error:
+                del self._writers[path]
+                self._failed(path, error)
+                with suppress(OSError):
+                    writer.close()
+
+    def close(self, complete: bool, **summary: object) -> None:
+        """Finish the files; they stay marked as unfinished unless all is `complete`. Raises OSError as `write` does."""
+        summary = {"complete": complete} | summary
+        if self._standard:
+            self._standard.close(**summary)
+        for path, writer in self._writers.items():
+            try:
+                writer.close(**summary)
+            except OSError as error:
+                self._failed(path, error)
+        if complete and not self.error:
+            for mark in self._marks:
+                mark.unlink(missing_ok=True)
+
+    def _failed(self, path: Path, error: OSError) -> None:
+        self.error = self.error or f"{readable(path)}: cannot be written ({error.strerror})"
 
 
 class Outputs:
-    """Where the transcripts of files go, as `--output` and `--format` say. Raises ValueError for nonsense.
+    """Where the transcripts of files go, as `--output` and `--format` say. Raises UserError for nonsense.
 
     Neither: text on stdout. Formats alone: beside the audio. A folder: into it, by the audio's name.
     While a file is being written, a file of its name + ".unfinished" lies beside it.
@@ -194,19 +285,22 @@ class Outputs:
         self._output, self._formats = output, formats or []
         self.one_file = output not in (None, "-") and not (Path(output).is_dir() or output.endswith(("/", os.sep)))
         if len(self._formats) > 1 and (self.one_file or output == "-"):
-            raise ValueError(f"{output}: one place for {len(self._formats)} formats; write a folder with / at its end")
+            raise UserError(f"{output}: one place for {len(self._formats)} formats; write a folder with / at its end")
         if self.one_file and not self._formats and format_of(output) is None:
-            raise ValueError(unknown_ending(output))
+            raise UserError(unknown_ending(output))
 
         self.to_screen = output is None and not self._formats  # plain text on stdout
 
     def check(self, names: list[str]) -> None:
-        """Raise ValueError where two of the audio files `names` would be written to the same file."""
+        """Raise UserError where two of the audio files `names` would be written to one file, or one over another."""
         taken: dict[Path, str] = {}
+        audio = {os.path.realpath(name) for name in names}
         for name in names:
             for path in self.paths(name):
                 if taken.setdefault(path, name) != name:
-                    raise ValueError(f"{path}: the transcript of both {taken[path]} and {name}; name a folder for each")
+                    raise UserError(f"{path}: the transcript of both {taken[path]} and {name}; name a folder for each")
+                if os.path.realpath(path) in audio:
+                    raise UserError(f"{path}: is audio itself; write the transcript of {name} elsewhere, with --output")
 
     def paths(self, name: str) -> list[Path]:
         """Return the files for the transcript of audio file `name`; none if it goes to stdout."""
@@ -216,31 +310,30 @@ class Outputs:
             return [Path(self._output)]
         stem = Path("stdin" if name == "-" else name)
         folder = stem.parent if self._output is None else Path(self._output)
-        return [folder / f"{stem.stem}.{form}" for form in self._formats or ["txt"]]
+        return [folder / f"{stem.stem}.{form}" for form in self._forms]
+
+    @property
+    def _forms(self) -> list[str]:
+        return self._formats or [format_of(self._output) if self.one_file else "txt"]
 
     def complete(self, name: str) -> bool:
         """Is the transcript of `name` there already, and whole?"""
         paths = self.paths(name)
-        return bool(paths) and all(path.exists() and not unfinished(path).exists() for path in paths)
+        return bool(paths) and all(map(os.path.exists, paths)) and not any(map(os.path.exists, map(unfinished, paths)))
 
-    def open(self, name: str) -> list[Writer]:
-        """Open the writers for `name`; none if its plain text goes to stdout. Raises OSError."""
-        if self._output == "-":
-            return [writer_for("-", (self._formats or ["txt"])[0])]
-        forms = self._formats if self.one_file else []
-        writers = []
-        for path in self.paths(name):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            unfinished(path).touch()
-            writers.append(writer_for(path, forms[0] if forms else None))
-        return writers
+    def open(self, name: str) -> Transcript:
+        """Open the transcript of `name`; it has no files where plain text goes to the screen."""
+        return Transcript(self.paths(name), self._forms, self._forms[0] if self._output == "-" else None)
 
-    def close(self, name: str, writers: list[Writer], whole: bool, **summary: object) -> None:
-        """Finish the files of `name`; they stay marked as unfinished unless `whole`."""
-        for writer in writers:
-            writer.close(**summary)
-        for path in self.paths(name) if whole else []:
-            unfinished(path).unlink(missing_ok=True)
+    def fail(self, name: str, error: str) -> None:
+        """Say in the stream of JSON lines on stdout that audio file `name` cannot be read. Files are left alone."""
+        if self._output == "-" and self._formats == ["jsonl"]:
+            self.open(name).close(False, audio=readable(name), error=error)
+
+
+def readable(name: object) -> str:
+    """Return a file's name as text, also where it is no UTF-8."""
+    return os.fsencode(str(name)).decode(errors="replace")
 
 
 def unfinished(path: Path) -> Path:

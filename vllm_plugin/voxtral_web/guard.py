@@ -1,104 +1,165 @@
-"""The guard of the WebSocket, an ASGI middleware: `vllm serve --middleware voxtral_web.guard.Guard`.
+"""Who gets in, and how much they may ask for. An ASGI middleware: `vllm serve --middleware voxtral_web.guard.Guard`.
 
-vLLM puts it outside its own authentication (vllm/entrypoints/serve/middleware/register.py). It does
-what vLLM's realtime endpoint leaves out:
+vLLM puts it outside its own authentication (vllm/entrypoints/serve/middleware/register.py). PROTOCOL.md,
+"Getting in" and "Limits", is its specification. It does what vLLM leaves out:
 
+- **Routes.** vLLM mounts some forty routes, and asks for the key only below /v1, /v2, /inference and
+  /cohere (its middleware/authenticate.py). Only ROUTES are let through, whether there is a key or not.
+- **Pages of other sites.** A browser lets any web page send requests to any server, localhost included,
+  and says in `Origin` which page it is. One that comes from elsewhere than this server gets HTTP 403. Whoever owns
+  a domain can point it at this server (DNS rebinding) and so make `Host` and `Origin` agree: `Host` must
+  be a name that nobody outside can own, too. Programs that are no browser send no Origin and are not asked.
 - **Key.** A browser's WebSocket cannot send the header `Authorization`. It offers two subprotocols
   instead, `voxtral` and `key.` + the key in hexadecimal (a subprotocol must be a token of RFC 9110).
   The guard makes the header of it and answers with `voxtral`: never with the key, which it takes
   out of the request. Not hexadecimal: HTTP 401.
-- **Origin.** A browser lets any web page open a WebSocket to any server, localhost included, and
-  says in `Origin` which page it is. One that comes from elsewhere than this server gets HTTP 403. Programs
-  that are no browser send no Origin. ALLOWED_ORIGINS names others, separated by spaces.
-- **Idle sessions.** A session keeps its slot for as long as its connection lives. One in which nothing
-  came or went for SESSION_IDLE_MINUTES (0: no limit) is closed with 4408.
+- **Limits** of a session (`limits.py`), and of the WebSockets at once.
+
+Environment: ALLOWED_ORIGINS and ALLOWED_HOSTS (both separated by spaces), SESSION_IDLE_MINUTES.
 """
 
-import asyncio
+import ipaddress
 import os
+import socket
+from collections import Counter
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from .errors import refuse
+from .limits import MESSAGE_BYTES, PONG_SECONDS, Limited
+
+ROUTES = set("/v1/realtime /v1/models /v1/audio/transcriptions /captions /health /metrics /version /ping".split())
+FOLDERS = ("/captions/", "/metrics/")
 PROTOCOL, KEY = "voxtral", "key."
-IDLE_CODE = 4408  # 4000 to 4999 are the applications' own (RFC 6455); 408 is HTTP's Request Timeout
 IDLE_MINUTES = "10"
+SOCKETS_PER_ADDRESS = 64  # WebSockets at once, or twice the server's sessions if that is more
+SOCKETS_WITHOUT_AUDIO = 256  # of all addresses
+# Endings that nobody can buy: RFC 6762 (local), RFC 8375 (home.arpa), ICANN (internal), and what routers use.
+PRIVATE_ENDINGS = set("local home.arpa internal lan home localdomain intranet private corp fritz.box".split())
 
 
 class Guard:
-    """See the module's docstring. HTTP requests pass through untouched."""
+    """See the module's docstring."""
 
     def __init__(self, app: ASGIApp):
         self.app = app
         self.idle = 60 * float(os.environ.get("SESSION_IDLE_MINUTES") or IDLE_MINUTES)
-        self.origins = os.environ.get("ALLOWED_ORIGINS", "").lower().split()
+        self.origins = {origin.rstrip("/") for origin in os.environ.get("ALLOWED_ORIGINS", "").lower().split()}
+        allowed = os.environ.get("ALLOWED_HOSTS", "").lower().split()
+        self.hosts = {hostname(entry.partition("://")[2] or entry) for entry in allowed}
+        self.per_address = SOCKETS_PER_ADDRESS
+        self.sockets: Counter[str] = Counter()  # by address
+        self.without_audio = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "websocket":
+        if scope["type"] == "lifespan":
+            self._configure(scope["app"].state)
             return await self.app(scope, receive, send)
         headers = Headers(scope=scope)
-        if not self._at_home(headers):
-            return await JSONResponse({"error": "foreign origin"}, 403)(scope, receive, send)
+        if refusal := self._refusal(scope, headers):
+            return await refusal(scope, receive, send)
+        if scope["type"] != "websocket":
+            return await self.app(scope, receive, explained(scope, receive, send))
         offered = scope.get("subprotocols", [])
         try:
             keys = [bytes.fromhex(name.removeprefix(KEY)) for name in offered if name.startswith(KEY)]
         except ValueError:
-            return await JSONResponse({"error": "Unauthorized"}, 401)(scope, receive, send)
+            return await refuse(401, "the key must be in hexadecimal", "invalid_api_key")(scope, receive, send)
         kept = [(name, value) for name, value in scope["headers"] if name != b"sec-websocket-protocol"]
         if keys and "authorization" not in headers:
             kept.append((b"authorization", b"Bearer " + keys[0]))
         offered = [name for name in offered if not name.startswith(KEY)]
         scope = scope | {"headers": kept, "subprotocols": offered}
-        watched = Watched(receive, send, self.idle, PROTOCOL if PROTOCOL in offered else None)
-        await self.app(scope, watched.receive, watched.send)
+        await self._serve(scope, receive, send, PROTOCOL if PROTOCOL in offered else None)
 
-    def _at_home(self, headers: Headers) -> bool:
-        """Does the request come from a page of this server, or from no page at all?"""
-        origin = headers.get("origin")
-        if origin is None or origin.lower() in self.origins:
-            return True
-        return urlsplit(origin).netloc.lower() == headers.get("host", "").lower() != ""
+    def _configure(self, state: object) -> None:
+        """Take over what only the started server knows. vLLM has no options for uvicorn's WebSockets."""
+        if args := getattr(state, "args", None):
+            slots = (getattr(args, "max_num_seqs", None) or 0) * (getattr(args, "data_parallel_size", None) or 1)
+            self.per_address = max(SOCKETS_PER_ADDRESS, 2 * slots)
+        if server := getattr(state, "server", None):
+            server.config.ws_max_size, server.config.ws_ping_timeout = MESSAGE_BYTES, PONG_SECONDS
 
+    async def _serve(self, scope: Scope, receive: Receive, send: Send, protocol: str | None) -> None:
+        """Run a WebSocket within its limits."""
+        address = (scope.get("client") or ("",))[0]
+        if self.sockets[address] >= self.per_address or self.without_audio >= SOCKETS_WITHOUT_AUDIO:
+            return await refuse(503, "too many WebSockets are open", "too_many_sockets")(scope, receive, send)
+        self.sockets[address] += 1
+        self.without_audio += 1
 
-class Watched:
-    """A connection that ends itself when nothing comes or goes for `idle` seconds (0: never).
+        def audio_came() -> None:
+            self.without_audio -= 1
 
-    Messages to the client count too: a program may send its whole file and then only listen.
-    """
-
-    def __init__(self, receive: Receive, send: Send, idle: float, protocol: str | None):
-        self._receive, self._send, self._idle, self._protocol = receive, send, idle, protocol
-        self._last, self._closed = 0.0, False
-
-    async def receive(self) -> Message:
-        """Return the client's next message, or its disconnection once it was idle for too long."""
-        clock = asyncio.get_running_loop().time
-        self._last = clock()
-        message = asyncio.ensure_future(self._receive())
+        limited = Limited(receive, send, self.idle, protocol, audio_came)
         try:
-            while self._idle:
-                left = self._last + self._idle - clock()
-                if left <= 0:
-                    return await self._close()
-                if (await asyncio.wait([message], timeout=left))[0]:
-                    break
-            return await message
+            await self.app(scope, limited.receive, limited.send)
         finally:
-            message.cancel()
+            self.without_audio -= not limited.heard
+            self.sockets[address] -= 1
+            self.sockets += Counter()  # forgets the zeros
 
-    async def _close(self) -> Message:
-        reason = f"idle: no message for {self._idle / 60:g} minutes"
-        await self.send({"type": "websocket.close", "code": IDLE_CODE, "reason": reason})
-        return {"type": "websocket.disconnect", "code": IDLE_CODE, "reason": reason}
+    def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
+        """Return the answer to a request that is not let in."""
+        path = scope["path"].removeprefix(scope.get("root_path", ""))
+        if path not in ROUTES and not path.startswith(FOLDERS):
+            if path.startswith("/v1/") and scope.get("method") == "POST":
+                return refuse(501, "this server transcribes: POST /v1/audio/transcriptions", "not_served")
+            return refuse(404, "not served here: see PROTOCOL.md", "not_served")
+        if path.startswith("/captions"):
+            return None  # no secret, and the page can say what is wrong
+        origin = headers.get("origin", "").lower()
+        # A script's GET from its own server has no Origin. Told by its answer, the page can say what to do.
+        by_script = path == "/v1/models" and headers.get("sec-fetch-site", "none") != "none"
+        if origin in self.origins or not (origin or by_script):
+            return None
+        host = headers.get("host", "").lower()
+        if not self._is_ours(hostname(host)):
+            return refuse(403, f"{host!r} is not known as this server's name: set ALLOWED_HOSTS", "foreign_host")
+        if origin and netloc(origin) != host:
+            return refuse(403, f"a page of {origin!r} may not use this server: set ALLOWED_ORIGINS", "foreign_origin")
+        return None
 
-    async def send(self, message: Message) -> None:
-        """Pass a message on, unless the connection was closed here while the server still wrote."""
-        if self._closed:
-            return
-        self._last = asyncio.get_running_loop().time()
-        self._closed = message["type"] == "websocket.close"
-        if message["type"] == "websocket.accept" and self._protocol:
-            message = message | {"subprotocol": self._protocol}
-        await self._send(message)
+    def _is_ours(self, host: str) -> bool:
+        """Is it a name of this machine that nobody outside can own?"""
+        try:
+            return bool(ipaddress.ip_address(host))
+        except ValueError:
+            own = socket.gethostname().lower()
+            name, _, ending = host.partition(".")
+            known = {"localhost", own} | self.hosts - {""}
+            return host in known or (name == own.partition(".")[0] and (not ending or ending in PRIVATE_ENDINGS))
+
+
+def hostname(netloc: str) -> str:
+    """Return the name or address in a `Host` header, without port and brackets; "" if there is none."""
+    try:
+        return (urlsplit(f"//{netloc}").hostname or "").removesuffix(".")
+    except ValueError:
+        return ""
+
+
+def netloc(origin: str) -> str | None:
+    """Return host and port of an `Origin` header; None if it has none (`null`)."""
+    try:
+        return urlsplit(origin).netloc or None
+    except ValueError:
+        return None
+
+
+def explained(scope: Scope, receive: Receive, send: Send) -> Send:
+    """Return a `send` that puts vLLM's 401 into the form of OpenAI's errors."""
+    refused = False
+
+    async def send_explained(message: Message) -> None:
+        nonlocal refused
+        if message["type"] == "http.response.start" and message["status"] == 401:
+            refused = True
+            await refuse(401, "the server's key is missing or wrong", "invalid_api_key")(scope, receive, send)
+        elif not refused:
+            await send(message)
+
+    return send_explained

@@ -1,0 +1,407 @@
+"""`POST /v1/audio/transcriptions`, in place of vLLM's: OpenAI's form around the project's own file client.
+
+PROTOCOL.md, "Files over HTTP", is its specification. The client, test_file_transcribe.py, runs as a process of its own
+against this server: so decoding a stranger's file and cutting it into sessions stay out of the process
+that serves live captions, and a client that hangs up ends its sessions, because that process is killed.
+
+Environment: VOXTRAL_HOME, the folder of the file client (without it every request gets 501); MAX_UPLOAD_MB;
+UPLOAD_SESSIONS, how many sessions all uploads together may take (half of the server's).
+"""
+
+import asyncio
+import ipaddress
+import json
+import os
+import signal
+import sys
+from argparse import Namespace
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from dataclasses import dataclass
+from importlib.machinery import PathFinder
+from importlib.util import module_from_spec
+from io import BytesIO
+from pathlib import Path
+from typing import Any
+
+from starlette.datastructures import FormData, UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response, StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from .errors import refuse
+
+HOME = os.environ.get("VOXTRAL_HOME", "")
+CLIENT = Path(HOME, "test_file_transcribe.py")
+MAX_MEGABYTES = int(os.environ.get("MAX_UPLOAD_MB") or 512)
+FIELDS_BYTES = 2**20  # the form beside the file
+AT_ONCE = 32  # uploads that are received, wait or are transcribed; each may take MAX_UPLOAD_MB of disk
+WAIT_SECONDS = 60  # for a session
+SILENCE_SECONDS = 60  # of a client that uploads
+FORMATS = {
+    "json": "application/json",
+    "text": "text/plain; charset=utf-8",
+    "srt": "application/x-subrip; charset=utf-8",
+    "vtt": "text/vtt; charset=utf-8",
+    "verbose_json": "application/json",
+}
+GRANULARITIES = ("word", "segment")
+
+
+class Failure(Exception):
+    """What the client is told: status, message, code, and the form's field that is wrong."""
+
+    def __init__(self, status: int, message: str, code: str, param: str | None = None):
+        super().__init__(message)
+        self.answer = refuse(status, message, code, param)
+
+
+@dataclass
+class Order:
+    """The form, checked."""
+
+    file: UploadFile
+    form: str  # one of FORMATS
+    granularities: list[str]
+    stream: bool
+    language: str
+
+
+@dataclass
+class Transcript:
+    """What the file client understood. `warning`: what is missing, if something is."""
+
+    words: list[Any]
+    seconds: float
+    warning: str | None
+
+    @property
+    def text(self) -> str:
+        return "".join(word.text for word in self.words).strip()
+
+
+class Uploads:
+    """The route. One for each process of the server."""
+
+    def __init__(self, args: Namespace, models: Any):
+        """`args`: vLLM's. `models`: its OpenAIServingModels."""
+        self._models = models
+        slots = (args.max_num_seqs or 1) * (args.data_parallel_size or 1)
+        share = int(os.environ.get("UPLOAD_SESSIONS") or 0) or slots // 2
+        self._free = max(1, share // max(1, args.api_server_count or 1))
+        self._freed = asyncio.Condition()
+        self._present = 0
+        tls = bool(args.ssl_certfile)
+        self._url = f"{'wss' if tls else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
+        self._command = [
+            "nice",
+            "-n",
+            "5",
+            sys.executable,
+            str(CLIENT),
+            "--format",
+            "jsonl",
+            "--output",
+            "-",
+            "--quiet",
+        ]
+        # It is this machine, and the certificate may hold other names than its address.
+        self._command += ["--url", self._url, *(["--insecure"] if tls else [])]
+
+    async def __call__(self, request: Request) -> Response:
+        """Answer an upload."""
+        async with AsyncExitStack() as stack:
+            try:
+                if not CLIENT.is_file():
+                    raise Failure(501, "the file client is not there: set VOXTRAL_HOME", "not_served")
+                order = await self._receive(request, stack)
+                return await unless_gone(request, self._answer(request, order, stack))
+            except Failure as failure:
+                return failure.answer
+            except (ClientDisconnect, Gone):
+                return Response(status_code=499)  # nobody reads it; the access log has it as nginx would
+
+    async def _receive(self, request: Request, stack: AsyncExitStack) -> Order:
+        """Return the form, its file on disk."""
+        if self._present >= AT_ONCE:
+            raise Failure(503, "too many files at once", "server_busy")
+        self._present += 1
+        stack.callback(self._leave)
+        if int(request.headers.get("content-length") or 0) > MAX_MEGABYTES * 2**20 + FIELDS_BYTES:
+            raise too_large()
+        if not request.headers.get("content-type", "").startswith("multipart/form-data"):
+            raise Failure(400, "the request must be multipart/form-data with a file", "invalid_form", "file")
+        try:
+            form = await MultiPartParser(request.headers, bounded(request.stream()), max_files=1, max_fields=32).parse()
+        except MultiPartException as error:
+            raise Failure(400, f"not a form: {error.message}", "invalid_form") from None
+        except OSError as error:
+            raise Failure(500, f"the upload cannot be kept: {error.strerror}", "disk") from None
+        stack.push_async_callback(form.close)
+        return self._checked(form)
+
+    def _leave(self) -> None:
+        self._present -= 1
+
+    def _checked(self, form: FormData) -> Order:
+        file, model = form.get("file"), str(form.get("model") or "")
+        if not isinstance(file, UploadFile):
+            raise Failure(400, "the form has no file", "invalid_form", "file")
+        if model and not self._models.is_base_model(model):
+            known = ", ".join(path.name for path in self._models.base_model_paths)
+            raise Failure(404, f"the model {model!r} does not exist; there is {known}", "model_not_found", "model")
+        kind = str(form.get("response_format") or "json")
+        if kind not in FORMATS:
+            message = f"response_format {kind!r} is none of {', '.join(FORMATS)}"
+            raise Failure(400, message, "invalid_form", "response_format")
+        wanted = [
+            str(name) for key in ("timestamp_granularities[]", "timestamp_granularities") for name in form.getlist(key)
+        ]
+        if not set(wanted) <= set(GRANULARITIES):
+            message = f"timestamp_granularities[] are none of {', '.join(GRANULARITIES)}"
+            raise Failure(400, message, "invalid_form", "timestamp_granularities[]")
+        stream = str(form.get("stream") or "").lower() in ("true", "1")
+        if stream and kind not in ("json", "text"):
+            raise Failure(400, f"stream=true goes with response_format json, not {kind}", "invalid_form", "stream")
+        return Order(file, kind, wanted or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
+
+    async def _answer(self, request: Request, order: Order, stack: AsyncExitStack) -> Response:
+        """Transcribe; return the answer, or its beginning if it is to be streamed."""
+        items = await stack.enter_async_context(aclosing(self._transcribe(request, order)))
+        first = await anext(items)  # what is wrong with the file is an HTTP status, also of a stream
+        if order.stream:
+            return Stream(events(first, items), stack.pop_all())
+        words = []
+        while not isinstance(first, Transcript):
+            words.append(first)
+            first = await anext(items)
+        transcript = first
+        headers = {"X-Transcript-Warning": ascii(transcript.warning)[1:-1]} if transcript.warning else {}
+        return Response(written(transcript, order), media_type=FORMATS[order.form], headers=headers)
+
+    async def _transcribe(self, request: Request, order: Order) -> AsyncIterator[Any]:
+        """Yield the words as they settle, and a Transcript last. Raises Failure."""
+        await asyncio.to_thread(order.file.file.rollover)
+        path = f"/proc/{os.getpid()}/fd/{order.file.file.fileno()}"
+        scheme, _, key = request.headers.get("authorization", "").partition(" ")
+        environment = os.environ | {"VLLM_API_KEY": key if scheme.lower() == "bearer" else "", "no_proxy": "*"}
+        words, summary = [], None
+        async with self._sessions() as count:
+            command = [*self._command, "--parallel", str(count), path]
+            async with process(command, environment) as client:
+                watching = asyncio.create_task(end_with(request.app.state, client))
+                complaints = asyncio.create_task(client.stderr.read())
+                async for line in client.stdout:
+                    entry = json.loads(line)
+                    if "complete" in entry:
+                        summary = entry
+                    else:
+                        words.append(word(entry))
+                        yield words[-1]
+                lines = (await complaints).decode(errors="replace").strip().splitlines()
+                watching.cancel()
+        if stopping(request.app.state):
+            raise Failure(503, "the server is being stopped", "server_error")
+        error = (summary or {}).get("error") or (None if summary else lines[-1] if lines else "the file client failed")
+        if error and not error.startswith(path):
+            raise Failure(503, error.removeprefix("error: "), "server_error")
+        error = error and error.replace(path, order.file.filename or "the file")
+        if error and not words:
+            raise Failure(400, error, "invalid_audio", "file")
+        yield Transcript(words, summary["seconds"], error)
+
+    @asynccontextmanager
+    async def _sessions(self) -> AsyncIterator[int]:
+        """Lend sessions: half of those that are free, so that the next upload finds one. Raises Failure."""
+        try:
+            async with asyncio.timeout(WAIT_SECONDS), self._freed:
+                await self._freed.wait_for(lambda: self._free)
+                count = (self._free + 1) // 2
+                self._free -= count
+        except TimeoutError:
+            raise Failure(503, "all sessions for files are taken", "server_busy") from None
+        try:
+            yield count
+        finally:
+            self._free += count
+            async with self._freed:
+                self._freed.notify_all()
+
+
+class Gone(Exception):
+    """The client has hung up."""
+
+
+class Stream(StreamingResponse):
+    """Server-sent events; `stack` holds what they come from."""
+
+    def __init__(self, content: AsyncIterator[str], stack: AsyncExitStack):
+        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        self._stack = stack
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async with self._stack:
+            await super().__call__(scope, receive, send)
+
+
+async def unless_gone(request: Request, work: Any) -> Response:
+    """Return what `work` does; cancel it when the client hangs up. Raises Gone."""
+
+    async def gone() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    working, watching = asyncio.create_task(work), asyncio.create_task(gone())
+    try:
+        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return working.result()
+        raise Gone
+    finally:
+        for task in (working, watching):
+            task.cancel()
+        await asyncio.gather(working, watching, return_exceptions=True)
+
+
+async def bounded(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    """Yield the request's body. Raises Failure where it is too long, or does not go on."""
+    size = 0
+    while True:
+        try:
+            async with asyncio.timeout(SILENCE_SECONDS):
+                chunk = await anext(stream, None)
+        except TimeoutError:
+            raise Failure(408, f"no more of the upload came for {SILENCE_SECONDS} s", "timeout") from None
+        if chunk is None:
+            return
+        size += len(chunk)
+        if size > MAX_MEGABYTES * 2**20 + FIELDS_BYTES:
+            raise too_large()
+        yield chunk
+
+
+def too_large() -> Failure:
+    return Failure(
+        413, f"the file is larger than {MAX_MEGABYTES} MB (MAX_UPLOAD_MB of the server)", "too_large", "file"
+    )
+
+
+@asynccontextmanager
+async def process(command: list[str], environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
+    """Run a program; it and what it has started end with the context."""
+    pipe, none = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
+    program = await asyncio.create_subprocess_exec(
+        *command, stdin=none, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
+    )
+    try:
+        yield program
+    finally:
+        if program.returncode is None:
+            os.killpg(program.pid, signal.SIGKILL)
+        await program.wait()
+
+
+def stopping(state: Any) -> bool:
+    """Is the server of this app being stopped? `state.server` is vLLM's uvicorn.Server."""
+    return getattr(getattr(state, "server", None), "should_exit", False)
+
+
+async def end_with(state: Any, program: asyncio.subprocess.Process) -> None:
+    """End a program when the server is being stopped: it waits for its answers before it ends."""
+    while program.returncode is None:
+        if stopping(state):
+            return os.killpg(program.pid, signal.SIGKILL)
+        await asyncio.sleep(0.5)
+
+
+def reachable(host: str | None) -> str:
+    """Return the address under which a program of this machine reaches a server that listens on `host`."""
+    try:
+        address = ipaddress.ip_address(host or "0.0.0.0")
+    except ValueError:
+        return host
+    if address.is_unspecified:
+        return "127.0.0.1" if address.version == 4 else "[::1]"
+    return f"[{address}]" if address.version == 6 else str(address)
+
+
+# --- transcripts ---
+
+
+def client_module(name: str) -> Any:
+    """Import a module of voxtral_client, whose folder is not on Python's path: it holds other names than packages."""
+    if "voxtral_client" not in sys.modules:
+        spec = PathFinder.find_spec("voxtral_client", [HOME])
+        sys.modules["voxtral_client"] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules["voxtral_client"])
+    return __import__(f"voxtral_client.{name}", fromlist=[name])
+
+
+def word(entry: dict) -> Any:
+    return client_module("timeline").Word(**entry)
+
+
+def written(transcript: Transcript, order: Order) -> str | bytes:
+    """Return the answer's body."""
+    if order.form == "text":
+        return transcript.text + "\n"
+    if order.form in ("srt", "vtt"):
+        writer = client_module("subtitles").FORMATS[order.form](file := Kept())
+        for each in transcript.words:
+            writer.write(each)
+        writer.close()
+        return file.getvalue()
+    answer = {"text": transcript.text}
+    if order.form == "verbose_json":
+        times = {"task": "transcribe", "language": order.language, "duration": transcript.seconds}
+        answer = times | answer
+        if "segment" in order.granularities:
+            answer["segments"] = list(segments(transcript.words))
+        if "word" in order.granularities:
+            answer["words"] = [
+                {"word": each.text.strip(), "start": each.start, "end": each.end} for each in transcript.words
+            ]
+    return json.dumps(answer | ending(transcript), ensure_ascii=False)
+
+
+def ending(transcript: Transcript) -> dict:
+    """Return the fields that all JSON answers share."""
+    usage = {"usage": {"type": "duration", "seconds": transcript.seconds}, "complete": transcript.warning is None}
+    return usage | ({"warning": transcript.warning} if transcript.warning else {})
+
+
+def segments(words: list[Any]) -> Iterator[dict]:
+    """Yield the cues of the subtitles as OpenAI's segments. The model gives no probabilities: null."""
+    subtitles = client_module("subtitles")
+    cues = subtitles.Cues()
+    ended = [cue for each in words if (cue := cues.add(each))]
+    for number, cue in enumerate([*ended, *([(cues.open,)] if cues.open else [])]):
+        start, end = subtitles.span(*cue)
+        times = {"id": number, "seek": 0, "start": round(start, 3), "end": round(end, 3)}
+        unknown = dict.fromkeys(("avg_logprob", "compression_ratio", "no_speech_prob"))
+        yield times | {"text": subtitles.text_of(cue[0]), "tokens": [], "temperature": 0.0} | unknown
+
+
+class Kept(BytesIO):
+    """A file in memory that can be read after it was closed."""
+
+    def close(self) -> None:
+        pass
+
+
+async def events(first: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """Yield server-sent events: a delta for each word, the whole text, [DONE]; or an error."""
+    begun = False
+    try:
+        while not isinstance(first, Transcript):
+            yield event("transcript.text.delta", delta=first.text if begun else first.text.lstrip())
+            begun, first = True, await anext(items)
+        yield event("transcript.text.done", text=first.text, **ending(first))
+        yield "data: [DONE]\n\n"
+    except Failure as failure:
+        yield f"data: {failure.answer.body.decode()}\n\n"
+
+
+def event(kind: str, **fields: object) -> str:
+    return f"data: {json.dumps({'type': kind} | fields, ensure_ascii=False)}\n\n"

@@ -1,0 +1,79 @@
+"""The headers of WAV files, read and written: https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html
+
+Read here, because FFmpeg believes the lengths in them, which recorders that die leave wrong, and keeps 64 KiB of a
+stream back before it says a word. Longer than 4 GiB a file is RF64 (EBU Tech 3306).
+"""
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+
+UNKNOWN = 0x7F00_0000  # bytes; programs that write into a pipe promise this much and more
+LONGEST_CHUNK = 1 << 26  # bytes; longer than any that describes
+CODES = {(1, 8): "u8", (1, 16): "s16le", (1, 24): "s24le", (1, 32): "s32le", (3, 32): "f32le", (3, 64): "f64le",
+         (6, 8): "alaw", (7, 8): "mulaw"}  # fmt: skip
+
+
+@dataclass
+class Wav:
+    """What a header says. `form`: FFmpeg's name of the samples, None where they are compressed.
+
+    `size`: bytes of sound to come, None where the header does not know.
+    """
+
+    form: str | None
+    rate: int
+    channels: int
+    bytes_a_second: int
+    size: int | None = None
+
+
+def read_header(take: Callable[[int], bytes]) -> tuple[Wav | None, bytes]:
+    """Read up to the first sample. Returns what the header says (None: this is no WAV), and the bytes read.
+
+    `take(n)` returns the next n bytes, fewer at the end.
+    """
+    head, wav, long_size = take(12), None, None
+    if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+        return None, head
+    while len(start := take(8)) == 8:
+        head += start
+        name, size = start[:4], int.from_bytes(start[4:], "little")
+        if name == b"data":
+            if wav:
+                wav.size = long_size if size == 0xFFFF_FFFF else size or None
+            return wav, head
+        if size > LONGEST_CHUNK:
+            break
+        head += (chunk := take(size + size % 2))
+        if name == b"ds64" and len(chunk) >= 16:
+            long_size = int.from_bytes(chunk[8:16], "little") or None
+        elif name == b"fmt " and len(chunk) >= 16:
+            code, channels, rate, bytes_a_second, _, bits = struct.unpack_from("<HHIIHH", chunk)
+            code = int.from_bytes(chunk[24:26], "little") if code == 0xFFFE else code  # extensible
+            if channels and rate and bytes_a_second:
+                wav = Wav(CODES.get((code, bits)), rate, channels, bytes_a_second)
+    return None, head
+
+
+def is_chunk(start: bytes) -> bool:
+    """Do these 8 bytes behind the sound begin a chunk of another kind, or end the file? Otherwise they are sound."""
+    return len(start) < 8 or (start[:4].isascii() and start[:4].decode().isprintable()
+                              and int.from_bytes(start[4:], "little") < LONGEST_CHUNK)  # fmt: skip
+
+
+def is_another(start: bytes) -> bool:
+    """Do these 8 bytes behind the sound begin another WAV file?"""
+    return start[:4] in (b"RIFF", b"RF64")
+
+
+def header(size: int, rate: int) -> bytes:
+    """Return a header of 80 bytes for `size` bytes of mono PCM16; beyond 4 GiB the JUNK in it becomes RF64's sizes."""
+    form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
+    if size + 72 < 1 << 32:
+        riff = struct.pack("<4sI4s4sI28x", b"RIFF", size + 72, b"WAVE", b"JUNK", 28)
+        return riff + form + struct.pack("<4sI", b"data", size)
+    sizes = struct.pack("<4sIQQQI", b"ds64", 28, size + 72, size, size // 2, 0)
+    return (
+        struct.pack("<4sI4s", b"RF64", 0xFFFF_FFFF, b"WAVE") + sizes + form + struct.pack("<4sI", b"data", 0xFFFF_FFFF)
+    )
