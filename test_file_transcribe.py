@@ -159,7 +159,7 @@ async def transcribe(options: argparse.Namespace) -> int:
 
         await make(False).open()  # says at once what is wrong
         interrupts = Interrupts(screen.say)
-        pool = Pool(make, size, interrupts.stop, options.realtime)
+        pool = Pool(make, size, interrupts.stop, options.realtime, screen.say)
         started = time.monotonic()
 
         async def redraw() -> None:

@@ -5,6 +5,7 @@ So a long file is cut in its quietest pauses; a short one is a piece by itself.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
@@ -41,29 +42,39 @@ class Piece:
     last: bool
     endless: bool = False
     transcriber: Transcriber | None = None
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = 0.0  # by the clock of `time.monotonic`
     items: asyncio.Queue = field(default_factory=asyncio.Queue)  # Word; at the end None or the Exception
 
 
 def whole(number: int, source: AudioSource) -> Iterator[Piece]:
     """Return a file as one piece, streamed from disk."""
-    yield Piece(number, 0, source.blocks(), True, source.endless)
+    yield Piece(number, 0, Streamed(source), True, source.endless)
 
 
 def cut(number: int, source: AudioSource) -> Iterator[Piece]:
     """Cut a file into pieces of 20 to 60 s, each read when it is asked for."""
-    audio, offset, begun, error = bytearray(), 0, time.monotonic(), None
+    audio, offset, error = bytearray(), 0, None
     try:
         for block in source.blocks():
             audio += block
             if len(audio) >= 2 * LONGEST_PIECE:
                 at = quietest_pause(np.frombuffer(audio, "<i2"))
-                yield Piece(number, offset, Audio(audio[: 2 * at]), False, begun=begun)
+                yield Piece(number, offset, Audio(audio[: 2 * at]), False)
                 offset += at
                 audio = audio[2 * at :]
     except Exception as problem:  # the worker that transcribes the last piece raises it
         error = problem
-    yield Piece(number, offset, Audio(audio, error), True, begun=begun)
+    yield Piece(number, offset, Audio(audio, error), True)
+
+
+class Streamed:
+    """The audio of a source, from its beginning as often as it is iterated over."""
+
+    def __init__(self, source: AudioSource):
+        self._source = source
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._source.blocks()
 
 
 class Audio:
@@ -95,8 +106,15 @@ class Pool:
     pool makes do with those it gets.
     """
 
-    def __init__(self, make: Callable[[bool], Transcriber], size: int, stop: asyncio.Event, realtime: bool = False):
-        self._make, self._size, self._stop, self._realtime = make, size, stop, realtime
+    def __init__(
+        self,
+        make: Callable[[bool], Transcriber],
+        size: int,
+        stop: asyncio.Event,
+        realtime: bool = False,
+        say: Callable[[str], None] = lambda message: None,
+    ):
+        self._make, self._size, self._stop, self._realtime, self._say = make, size, stop, realtime, say
         self._active: list[Piece] = []
         self._understood = self._heard = 0
         self._lost = False  # the server: one piece has found out for all
@@ -139,11 +157,18 @@ class Pool:
                 return piece
 
         async def work() -> None:
+            waiting = False
             while piece := await next_piece():
-                if not await self._transcribe(piece):
-                    returned.append(piece)  # no slot for this worker: the others will see to it
-                    if self._active:
-                        return
+                if await self._transcribe(piece):
+                    waiting = False
+                    continue
+                returned.append(piece)
+                if self._active or self._stop.is_set():
+                    return  # no slot for this worker: the others will see to it
+                if not waiting:
+                    self._say("all sessions of the server are taken: waiting for a free one")
+                waiting = True
+                await asyncio.sleep(random.uniform(1, 3))
 
         async def work_all() -> None:
             try:
@@ -169,7 +194,8 @@ class Pool:
 
     async def _transcribe(self, piece: Piece) -> bool:
         """Put the piece's words into its queue; return False if the server has no slot for it."""
-        piece.transcriber = self._make(bool(self._active))
+        piece.transcriber = self._make(not piece.endless)  # what comes only once cannot be begun again
+        piece.begun = time.monotonic()
         self._active.append(piece)
         end, ended, busy = Stopped(), asyncio.Event(), False
         try:

@@ -90,6 +90,10 @@ class Writer:
             if not self._standard:
                 self._file.close()
 
+    def abandon(self) -> None:
+        """Leave the file as it is."""
+        self._file.close()
+
     def _finish(self, summary: dict) -> None:
         """Write what ends the file."""
 
@@ -253,8 +257,7 @@ class Transcript:
             except OSError as error:
                 del self._writers[path]
                 self._failed(path, error)
-                with suppress(OSError):
-                    writer.close()
+                writer.abandon()
 
     def close(self, complete: bool, **summary: object) -> None:
         """Finish the files; they stay marked as unfinished unless all is `complete`. Raises OSError as `write` does."""
