@@ -28,7 +28,7 @@ SUFFIXES = set(
     ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .mp4 .m4a .m4b .m4v .mkv .mka .webm .mov "
     ".aac .wma .ac3 .3gp .avi .mpg".split()
 )
-PARALLEL = 16  # sessions at once at most, if nothing is said
+PARALLEL = 64  # sessions at once at most, if nothing is said
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -170,7 +170,7 @@ async def transcribe(options: argparse.Namespace) -> int:
         drawing = asyncio.create_task(redraw())
         transcripts = Transcripts(sources, outputs, screen)
         try:
-            async with aclosing(pool.run(pieces(sources, size))) as items:
+            async with aclosing(pool.run(pieces(sources, pool))) as items:
                 await transcripts.write(items)
         finally:
             transcripts.close()
@@ -192,10 +192,10 @@ async def transcribe(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def pieces(sources: list[AudioSource], size: int) -> Iterator[Piece]:
+def pieces(sources: list[AudioSource], pool: Pool) -> Iterator[Piece]:
     """Yield the pieces of all files, each read when it is asked for."""
     for number, source in enumerate(sources):
-        yield from cut(number, source) if size > 1 else whole(number, source)
+        yield from cut(number, source, lambda: pool.width) if pool.size > 1 else whole(number, source)
 
 
 class Transcripts:

@@ -19,9 +19,11 @@ import pytest
 import soundfile
 from conftest import CHECKPOINT, ROOT, run_script
 from speaker import speaking
+from speech import talk, write
 
 from voxtral_client.audio import RATE
-from voxtral_client.pool import Pool, cut
+from voxtral_client.media import AudioFile
+from voxtral_client.pool import HELD, Pool, cut, limits
 from voxtral_client.recording import Recording
 from voxtral_client.session import Server
 from voxtral_client.transcriber import Transcriber
@@ -238,7 +240,7 @@ def test_one_run_gives_up_once(tmp_path):
 class Faulty:
     """A recording whose reading is broken by a fault of ours."""
 
-    name, endless = "faulty", False
+    name, seconds, endless = "faulty", None, False
 
     def blocks(self):
         yield bytes(2 * RATE)
@@ -248,13 +250,36 @@ class Faulty:
 def test_a_fault_in_a_worker_is_told_and_ends_the_file(speaker):
     async def run() -> list:
         pool = Pool(lambda impatient: Transcriber(Server(speaker.url), impatient=impatient), 3, asyncio.Event())
-        pieces = (piece for number in range(2) for piece in cut(number, Faulty()))
+        pieces = (piece for number in range(2) for piece in cut(number, Faulty(), lambda: 3))
         async with asyncio.timeout(20):
             return [item async for _, item in pool.run(pieces) if isinstance(item, Exception)]
 
     first, second = asyncio.run(run())
     assert str(first).startswith("internal error, please report it: KeyError: 'oops' (test_writing.py, line ")
     assert str(second) == str(first)
+
+
+def test_all_sessions_have_work_to_the_end(tmp_path):
+    """Ten minutes for 64 sessions: no piece is longer than a quarter of a minute, and each ends in a pause."""
+    samples, words = talk(600, seed=5)
+    path = write(tmp_path / "talk.wav", samples)
+    pieces = list(cut(0, AudioFile(path), lambda: 64))
+    assert len(pieces) >= 40
+    for piece in pieces[1:]:
+        assert not any(start <= piece.offset / RATE <= end for _, start, end in words)
+    assert b"".join(block for piece in pieces for block in piece.blocks) == b"".join(AudioFile(path).blocks())
+    with speaking() as speaker:
+        transcribe(speaker, path)
+        assert speaker.sessions >= 40
+
+
+def test_many_sessions_hold_little_audio():
+    """Of ten hours, for any number of sessions, 31 MB of pieces at most are in memory; the last pieces are short."""
+    for width in (1, 2, 4, 8, 16, 32, 60):
+        shortest, longest = limits(36_000, width)
+        assert 10 * RATE <= shortest <= 0.7 * longest
+        assert width * longest <= HELD * RATE
+        assert limits(10, width)[1] == 16 * RATE
 
 
 def test_took_and_speed_count_from_the_beginning_of_the_file(tmp_path):
