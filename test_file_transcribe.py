@@ -16,7 +16,7 @@ from rich.table import Table
 
 from voxtral_client import UserError
 from voxtral_client.audio import RATE, AudioError
-from voxtral_client.cli import Interrupts, add_server_options, run, server_from
+from voxtral_client.cli import Interrupts, add_server_options, fault, run, server_from
 from voxtral_client.media import AudioFile, AudioSource, StandardInput, is_audio
 from voxtral_client.pool import Piece, Pool, Stopped, cut, whole
 from voxtral_client.screen import Screen
@@ -131,9 +131,10 @@ async def transcribe(options: argparse.Namespace) -> int:
         try:
             source = StandardInput(options.raw, options.track) if name == "-" else AudioFile(name, options.track)
             sources.append((source, source.seconds))
-        except AudioError as error:
+        except Exception as problem:
+            error = str(problem) if isinstance(problem, AudioError) else f"{name}: {fault(problem)}"
             failures += 1
-            outputs.fail(name, str(error))
+            outputs.fail(name, error)
             print(f"error: {error}", file=sys.stderr)
     if not sources:
         return 1 if failures else 0

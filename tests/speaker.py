@@ -45,7 +45,8 @@ class Speaker:
         self.active, self.sessions = self.active + 1, self.sessions + 1
         self.most = max(self.most, self.active)
         try:
-            await self.listen(socket)
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await self.listen(socket)
         finally:
             self.active -= 1
 

@@ -331,7 +331,7 @@ class Outputs:
     def fail(self, name: str, error: str) -> None:
         """Say in the stream of JSON lines on stdout that audio file `name` cannot be read. Files are left alone."""
         if self._output == "-" and self._formats == ["jsonl"]:
-            self.open(name).close(False, audio=readable(name), error=error)
+            self.open(name).close(False, audio=readable(name), sessions=0, seconds=0.0, error=error)
 
 
 def readable(name: object) -> str:
