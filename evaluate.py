@@ -107,7 +107,7 @@ async def evaluate(options: argparse.Namespace) -> int:
 
         await make(False).open()  # says at once what is wrong
         interrupts = Interrupts(screen.say)
-        pool = Pool(make, options.parallel or 8, interrupts.stop)
+        pool = Pool(make, options.parallel or 8, interrupts.stop, say=screen.say)
         pieces = (piece for number, source in enumerate(sources) for piece in whole(number, source))
         started = time.monotonic()
 

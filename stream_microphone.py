@@ -11,6 +11,7 @@ from pathlib import Path
 
 from rich.text import Text
 
+from voxtral_client import UserError
 from voxtral_client.audio import RATE
 from voxtral_client.cli import Interrupts, add_server_options, run, seconds, server_from
 from voxtral_client.microphone import Microphone, choose, devices, silence_libraries
@@ -127,9 +128,14 @@ class Captions:
                 yield pcm
 
     def open_files(self) -> None:
-        """Open the files that were asked for. Raises AudioError or OSError."""
-        self.writer = writer_for(self.options.output, new=True) if self.options.output else None
+        """Open the files that were asked for. Raises UserError or OSError; then none is left behind."""
         self.recording = Recording(self.options.record) if self.options.record else None
+        try:
+            self.writer = writer_for(self.options.output, new=True) if self.options.output else None
+        except (UserError, OSError):
+            if self.recording:
+                self.recording.close()
+            raise
         self.files = [file for file in (self.recording, self.writer) if file]
 
     async def run(self) -> int:
@@ -152,6 +158,8 @@ class Captions:
             self.screen.write("" if self.fresh else "\n")
             for file in list(self.files):
                 self.store(file)
+            if self.writer and not timeline.heard:
+                Path(self.options.output).unlink(missing_ok=True)  # it would only be in the way
         dropped = f", {self.microphone.dropped} blocks of audio lost" if self.microphone.dropped else ""
         self.screen.say(f"{clock(timeline.heard / RATE)} heard, {self.transcriber.sessions} sessions{dropped}")
         return 0

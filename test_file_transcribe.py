@@ -16,7 +16,7 @@ from rich.table import Table
 
 from voxtral_client import UserError
 from voxtral_client.audio import RATE, AudioError
-from voxtral_client.cli import Interrupts, add_server_options, run, server_from
+from voxtral_client.cli import Interrupts, add_server_options, fault, run, server_from
 from voxtral_client.media import AudioFile, AudioSource, StandardInput, is_audio
 from voxtral_client.pool import Piece, Pool, Stopped, cut, whole
 from voxtral_client.screen import Screen
@@ -28,7 +28,7 @@ SUFFIXES = set(
     ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .mp4 .m4a .m4b .m4v .mkv .mka .webm .mov "
     ".aac .wma .ac3 .3gp .avi .mpg".split()
 )
-PARALLEL = 16  # sessions at once at most, if nothing is said
+PARALLEL = 64  # sessions at once at most, if nothing is said
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -131,9 +131,10 @@ async def transcribe(options: argparse.Namespace) -> int:
         try:
             source = StandardInput(options.raw, options.track) if name == "-" else AudioFile(name, options.track)
             sources.append((source, source.seconds))
-        except AudioError as error:
+        except Exception as problem:
+            error = str(problem) if isinstance(problem, AudioError) else f"{name}: {fault(problem)}"
             failures += 1
-            outputs.fail(name, str(error))
+            outputs.fail(name, error)
             print(f"error: {error}", file=sys.stderr)
     if not sources:
         return 1 if failures else 0
@@ -159,7 +160,7 @@ async def transcribe(options: argparse.Namespace) -> int:
 
         await make(False).open()  # says at once what is wrong
         interrupts = Interrupts(screen.say)
-        pool = Pool(make, size, interrupts.stop, options.realtime)
+        pool = Pool(make, size, interrupts.stop, options.realtime, screen.say)
         started = time.monotonic()
 
         async def redraw() -> None:
@@ -170,7 +171,7 @@ async def transcribe(options: argparse.Namespace) -> int:
         drawing = asyncio.create_task(redraw())
         transcripts = Transcripts(sources, outputs, screen)
         try:
-            async with aclosing(pool.run(pieces(sources, size))) as items:
+            async with aclosing(pool.run(pieces(sources, pool))) as items:
                 await transcripts.write(items)
         finally:
             transcripts.close()
@@ -192,10 +193,10 @@ async def transcribe(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def pieces(sources: list[AudioSource], size: int) -> Iterator[Piece]:
+def pieces(sources: list[AudioSource], pool: Pool) -> Iterator[Piece]:
     """Yield the pieces of all files, each read when it is asked for."""
     for number, source in enumerate(sources):
-        yield from cut(number, source) if size > 1 else whole(number, source)
+        yield from cut(number, source, lambda: pool.width) if pool.size > 1 else whole(number, source)
 
 
 class Transcripts:

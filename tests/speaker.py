@@ -41,11 +41,12 @@ class Speaker:
         if self.active >= self.slots:
             self.refused += 1
             await socket.send(json.dumps({"type": "error", "error": "The server is currently busy.", "code": "x"}))
-            return
+            return await socket.wait_closed()
         self.active, self.sessions = self.active + 1, self.sessions + 1
         self.most = max(self.most, self.active)
         try:
-            await self.listen(socket)
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await self.listen(socket)
         finally:
             self.active -= 1
 

@@ -1,9 +1,15 @@
 """evaluate.py: the forms of corpora, its sums, the comparison; once through against the real server."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
 
+import numpy as np
 import pytest
-from conftest import run_script
+from conftest import ROOT, run_script
+from speaker import speaking
 from speech import talk, write
 
 import evaluate
@@ -200,6 +206,61 @@ def test_damaged_recording_is_said_and_left_out(server, tmp_path):
     assert "bad.flac: damaged audio" in result.stderr
     assert "1 of 2 recordings failed and are not counted" in result.stderr
     assert "all 1 recordings" in result.stdout
+
+
+def test_a_large_folder_is_read_once(tmp_path):
+    """It had been listed anew for each of its texts: 13,000 pairs took hours."""
+    listed = []
+    sys.addaudithook(lambda event, details: listed.append(details) if event in ("os.scandir", "os.listdir") else None)
+    fill(tmp_path, {f"{number}.{ending}": "yes" for number in range(300) for ending in ("wav", "txt")})
+    listed.clear()
+    assert len(utterances(tmp_path)) == 300
+    assert len(listed) < 10
+
+
+def test_the_first_interrupt_keeps_what_was_scored(tmp_path):
+    with speaking() as speaker:
+        for number in range(60):
+            write(tmp_path / f"{number}.wav", np.zeros(60 * 16000))
+            (tmp_path / f"{number}.txt").write_text("one two three")
+        command = [
+            sys.executable,
+            ROOT / "evaluate.py",
+            tmp_path,
+            "--url",
+            speaker.url,
+            "--json",
+            tmp_path / "run.json",
+        ]
+        process = subprocess.Popen(
+            [*command, "--parallel", "2"], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        while speaker.sessions < 8:
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        output, errors = process.communicate(timeout=120)
+    assert process.returncode == 130, errors
+    run = json.loads((tmp_path / "run.json").read_text())
+    assert 0 < run["all"]["files"] < 60
+    assert run["left"] == 60 - run["all"]["files"]
+    assert f"{run['left']} of 60 recordings were not reached" in errors
+    assert f"all {run['all']['files']} recordings" in output
+
+
+def test_recordings_that_find_no_slot_lose_nothing(tmp_path):
+    """Refused while others run, a recording begins again from its beginning."""
+    with speaking(slots=1) as speaker:
+        for number in range(5):
+            write(tmp_path / f"{number}.wav", np.zeros(12 * 16000))
+            (tmp_path / f"{number}.txt").write_text("one")
+        result = run_script(
+            "evaluate.py", tmp_path, "--url", speaker.url, "--json", tmp_path / "run.json", "--normalize", "none"
+        )
+        assert result.returncode == 0, result.stderr
+        assert speaker.refused
+    counts = [len(entry["hypothesis"].split()) for entry in json.loads((tmp_path / "run.json").read_text())["files"]]
+    assert counts == [12 * 12.5 // 5] * 5
 
 
 @pytest.mark.parametrize(

@@ -338,14 +338,19 @@ def test_device_names(pulse):
 
 def test_channels_that_the_device_has_not(server, pulse, tmp_path):
     options = "--url", server.url, "--device", "mic", "--channels", "99", "--record", tmp_path / "a.wav"
+    options += "--output", tmp_path / "a.srt"
     for _ in range(2):  # nothing is left behind that would be in the way
         assert "with 99 channels" in fails(pulse, 1, *options)
 
 
 def test_files(server, pulse, tmp_path):
-    """A recording never replaces another; a path that cannot be written is named."""
+    """A recording and captions never replace earlier ones; a path that cannot be written is named."""
     (tmp_path / "a.wav").write_bytes(b"precious")
     assert "exists already" in fails(pulse, 1, "--url", server.url, "--record", tmp_path / "a.wav")
+    (tmp_path / "a.srt").write_bytes(b"precious")
+    options = "--record", tmp_path / "new.wav", "--output", tmp_path / "a.srt"
+    assert "a.srt: exists already" in fails(pulse, 1, "--url", server.url, *options)
+    assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"precious"}
     assert (tmp_path / "a.wav").read_bytes() == b"precious"
     for option in ("--record", "--output"):
         name = tmp_path / "none" / ("a.wav" if option == "--record" else "a.srt")

@@ -185,7 +185,7 @@ def test_server_error_in_mid_file(server, tmp_path):
         async with Proxy(server.port, [(250, "reset")]) as proxy:
             process = await asyncio.create_subprocess_exec(
                 *(sys.executable, ROOT / "test_file_transcribe.py", "--audio_path", path),
-                *("--url", proxy.url, "--give-up-after", "2"),
+                *("--url", proxy.url, "--give-up-after", "2", "--parallel", "1"),
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
             )

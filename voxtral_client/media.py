@@ -31,6 +31,7 @@ COUNTED = {"mp3", "aac", "ac3", "eac3", "dts"}  # without times: FFmpeg counts t
 FILMS = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 SURE = FILMS | {"flac", "aiff", "au"}  # say how long they are, and do not guess
 TAGS = (b"ID3", b"TAG", b"APETAGEX", b"Xing", b"Info", b"VBRI")  # between the frames of MP3
+RATES = range(1000, 1_000_000)  # samples a second; others are damage
 LANGUAGES = {"ar": "ara", "de": "ger deu", "en": "eng", "es": "spa", "fr": "fre fra", "hi": "hin", "it": "ita",
              "ja": "jpn", "ko": "kor", "nl": "dut nld", "pt": "por", "ru": "rus", "zh": "chi zho"}  # fmt: skip
 
@@ -267,7 +268,9 @@ class Decoder:
         if chosen is None:
             there = ", ".join(f"{n} ({stream.language or 'no language'})" for n, stream in known.items())
             raise AudioError(f"{self._name}: has no audio track {track}; there are: {there}")
-        if not chosen.rate:
+        if chosen.codec_context is None:
+            raise AudioError(f"{self._name}: its audio is of a kind that cannot be decoded")
+        if chosen.rate not in RATES:
             raise self._stranger()
         return chosen
 

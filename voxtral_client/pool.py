@@ -5,6 +5,7 @@ So a long file is cut in its quietest pauses; a short one is a piece by itself.
 """
 
 import asyncio
+import random
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import aclosing
@@ -20,7 +21,8 @@ from .session import Lost, Refused
 from .timeline import HOP, Word
 from .transcriber import GaveUp, Transcriber
 
-SHORTEST_PIECE, LONGEST_PIECE = 20 * RATE, 60 * RATE
+USUAL, SHORT = (20, 60), (10, 16)  # seconds of a piece, at least and at most; where sessions would stand idle
+HELD = 960  # seconds of audio in all pieces at most: 31 MB
 QUIET = RATE // 2 // HOP  # length of the pause to look for, in level readings
 
 
@@ -41,29 +43,53 @@ class Piece:
     last: bool
     endless: bool = False
     transcriber: Transcriber | None = None
-    begun: float = field(default_factory=time.monotonic)
+    begun: float = 0.0  # by the clock of `time.monotonic`
     items: asyncio.Queue = field(default_factory=asyncio.Queue)  # Word; at the end None or the Exception
 
 
 def whole(number: int, source: AudioSource) -> Iterator[Piece]:
     """Return a file as one piece, streamed from disk."""
-    yield Piece(number, 0, source.blocks(), True, source.endless)
+    yield Piece(number, 0, Streamed(source), True, source.endless)
 
 
-def cut(number: int, source: AudioSource) -> Iterator[Piece]:
-    """Cut a file into pieces of 20 to 60 s, each read when it is asked for."""
-    audio, offset, begun, error = bytearray(), 0, time.monotonic(), None
+def limits(left: float | None, width: int) -> tuple[int, int]:
+    """Return how long a piece is at least and at most, in samples, where `left` seconds go to `width` sessions.
+
+    Towards the end of a file pieces become shorter, so that all sessions have work to the end.
+    """
+    share = 1.0 if left is None else (left / (3 * width) - SHORT[0]) / (USUAL[0] - SHORT[0])
+    share = min(1.0, max(0.0, share))
+    longest = min(SHORT[1] + share * (USUAL[1] - SHORT[1]), max(SHORT[1], HELD / width))
+    shortest = min(SHORT[0] + share * (USUAL[0] - SHORT[0]), longest * SHORT[0] / SHORT[1])
+    return round(shortest * RATE), round(longest * RATE)
+
+
+def cut(number: int, source: AudioSource, width: Callable[[], int]) -> Iterator[Piece]:
+    """Cut a file into pieces for `width()` sessions, each read when it is asked for."""
+    audio, offset, error = bytearray(), 0, None
     try:
         for block in source.blocks():
             audio += block
-            if len(audio) >= 2 * LONGEST_PIECE:
-                at = quietest_pause(np.frombuffer(audio, "<i2"))
-                yield Piece(number, offset, Audio(audio[: 2 * at]), False, begun=begun)
+            left = source.seconds and source.seconds - offset / RATE
+            shortest, longest = limits(left, width())
+            if len(audio) >= 2 * longest:
+                at = quietest_pause(np.frombuffer(audio, "<i2"), shortest)
+                yield Piece(number, offset, Audio(audio[: 2 * at]), False)
                 offset += at
                 audio = audio[2 * at :]
     except Exception as problem:  # the worker that transcribes the last piece raises it
         error = problem
-    yield Piece(number, offset, Audio(audio, error), True, begun=begun)
+    yield Piece(number, offset, Audio(audio, error), True)
+
+
+class Streamed:
+    """The audio of a source, from its beginning as often as it is iterated over."""
+
+    def __init__(self, source: AudioSource):
+        self._source = source
+
+    def __iter__(self) -> Iterator[bytes]:
+        return self._source.blocks()
 
 
 class Audio:
@@ -79,13 +105,13 @@ class Audio:
             raise self._error
 
 
-def quietest_pause(samples: np.ndarray) -> int:
-    """Return the middle of the first of the quietest half seconds behind SHORTEST_PIECE, in samples."""
-    readings = samples[SHORTEST_PIECE : len(samples) // HOP * HOP].astype(np.float32).reshape(-1, HOP)
+def quietest_pause(samples: np.ndarray, shortest: int) -> int:
+    """Return the middle of the first of the quietest half seconds behind `shortest`, in samples."""
+    readings = samples[shortest : shortest + (len(samples) - shortest) // HOP * HOP].astype(np.float32).reshape(-1, HOP)
     levels = 10 * np.log10(np.square(readings).mean(axis=1) + 1.0)
     loudest = np.lib.stride_tricks.sliding_window_view(levels, QUIET).max(axis=1)
     first = int((loudest <= loudest.min() + 3).argmax())
-    return SHORTEST_PIECE + (first + QUIET // 2) * HOP
+    return shortest + (first + QUIET // 2) * HOP
 
 
 class Pool:
@@ -95,12 +121,25 @@ class Pool:
     pool makes do with those it gets.
     """
 
-    def __init__(self, make: Callable[[bool], Transcriber], size: int, stop: asyncio.Event, realtime: bool = False):
-        self._make, self._size, self._stop, self._realtime = make, size, stop, realtime
+    def __init__(
+        self,
+        make: Callable[[bool], Transcriber],
+        size: int,
+        stop: asyncio.Event,
+        realtime: bool = False,
+        say: Callable[[str], None] = lambda message: None,
+    ):
+        self._make, self.size, self._stop, self._realtime, self._say = make, size, stop, realtime, say
         self._active: list[Piece] = []
         self._understood = self._heard = 0
         self._lost = False  # the server: one piece has found out for all
+        self._refused = False  # the server has granted as many sessions as it can
         self.sessions = self.prompt_tokens = self.completion_tokens = 0
+
+    @property
+    def width(self) -> int:
+        """How many sessions there are, or, until one is refused, may be."""
+        return max(1, len(self._active)) if self._refused else self.size
 
     @property
     def understood(self) -> float:
@@ -139,16 +178,23 @@ class Pool:
                 return piece
 
         async def work() -> None:
+            waiting = False
             while piece := await next_piece():
-                if not await self._transcribe(piece):
-                    returned.append(piece)  # no slot for this worker: the others will see to it
-                    if self._active:
-                        return
+                if await self._transcribe(piece):
+                    waiting = False
+                    continue
+                returned.append(piece)
+                if self._active or self._stop.is_set():
+                    return  # no slot for this worker: the others will see to it
+                if not waiting:
+                    self._say("all sessions of the server are taken: waiting for a free one")
+                waiting = True
+                await asyncio.sleep(random.uniform(1, 3))
 
         async def work_all() -> None:
             try:
                 async with asyncio.TaskGroup() as workers:
-                    for _ in range(self._size):
+                    for _ in range(self.size):
                         workers.create_task(work())
             finally:
                 for piece in returned:
@@ -169,13 +215,14 @@ class Pool:
 
     async def _transcribe(self, piece: Piece) -> bool:
         """Put the piece's words into its queue; return False if the server has no slot for it."""
-        piece.transcriber = self._make(bool(self._active))
+        piece.transcriber = self._make(not piece.endless)  # what comes only once cannot be begun again
+        piece.begun = time.monotonic()
         self._active.append(piece)
         end, ended, busy = Stopped(), asyncio.Event(), False
         try:
             await piece.transcriber.open()
             # Pieces at work are finished even when told to stop: so the transcript has no holes.
-            stop = self._stop if self._size == 1 else None
+            stop = self._stop if self.size == 1 else None
             chunks = stream(iter(piece.blocks), self._realtime, stop, ended)
             async with aclosing(piece.transcriber.words(chunks)) as words:
                 async for word in words:
@@ -184,7 +231,7 @@ class Pool:
                 end = None
         except (Refused, Lost, GaveUp) as error:
             end, busy = error, isinstance(error, Lost) and error.busy
-            self._lost = self._lost or not busy
+            self._lost, self._refused = self._lost or not busy, self._refused or busy
         except UserError as error:
             end = error
         except Exception as error:

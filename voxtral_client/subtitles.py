@@ -90,6 +90,10 @@ class Writer:
             if not self._standard:
                 self._file.close()
 
+    def abandon(self) -> None:
+        """Leave the file as it is."""
+        self._file.close()
+
     def _finish(self, summary: dict) -> None:
         """Write what ends the file."""
 
@@ -253,8 +257,7 @@ class Transcript:
             except OSError as error:
                 del self._writers[path]
                 self._failed(path, error)
-                with suppress(OSError):
-                    writer.close()
+                writer.abandon()
 
     def close(self, complete: bool, **summary: object) -> None:
         """Finish the files; they stay marked as unfinished unless all is `complete`. Raises OSError as `write` does."""
@@ -328,7 +331,7 @@ class Outputs:
     def fail(self, name: str, error: str) -> None:
         """Say in the stream of JSON lines on stdout that audio file `name` cannot be read. Files are left alone."""
         if self._output == "-" and self._formats == ["jsonl"]:
-            self.open(name).close(False, audio=readable(name), error=error)
+            self.open(name).close(False, audio=readable(name), sessions=0, seconds=0.0, error=error)
 
 
 def readable(name: object) -> str:
