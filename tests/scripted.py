@@ -139,8 +139,8 @@ class ScriptedServer:
 
     `make()` returns the Scripted of the next session. `entry`: more fields of the model's entry. `key`: asked for.
     `refusal`: HTTP status of every WebSocket handshake. `greets`: does session.created come? `answers`: does anything
-    else? `cuts`: after so many deltas each session's connection is reset; those behind the last run on.
-    All may be changed while it runs. `sessions`: those so far. `paths`: what was asked for by HTTP.
+    else? `garbles`: is it no JSON? `cuts`: after so many deltas each session's connection is reset, the later ones run
+    on. All may be changed while it runs. `sessions`: those so far. `paths`: what was asked for by HTTP.
     """
 
     def __init__(
@@ -152,10 +152,11 @@ class ScriptedServer:
         refusal: int | None = None,
         greets: bool = True,
         answers: bool = True,
+        garbles: bool = False,
         cuts: list[int] = (),
     ):
         self.make, self.entry, self.key, self.refusal = make, entry or {}, key, refusal
-        self.greets, self.answers, self.cuts = greets, answers, list(cuts)
+        self.greets, self.answers, self.garbles, self.cuts = greets, answers, garbles, list(cuts)
         self.sessions: list[Scripted] = []
         self.paths: list[str] = []
 
@@ -192,18 +193,16 @@ class ScriptedServer:
         self.sessions.append(session)
         if self.greets:
             await socket.send(json.dumps({"type": "session.created", "id": "sess-1", "created": 1}))
+        telling = asyncio.create_task(self._tell(socket, session, cut))
         with contextlib.suppress(websockets.ConnectionClosed):
-            async with asyncio.TaskGroup() as tasks:
-                telling = tasks.create_task(self._tell(socket, session, cut))
-                async for message in socket:
-                    event = json.loads(message)
-                    if not self.answers:
-                        continue
-                    if event["type"] == "input_audio_buffer.append":
-                        await session.send(base64.b64decode(event["audio"]))
-                    elif event.get("final"):
-                        await session.finish()
-                telling.cancel()
+            async for message in socket:
+                event = json.loads(message)
+                if event["type"] == "input_audio_buffer.append" and self.answers:
+                    await session.send(base64.b64decode(event["audio"]))
+                elif event.get("final") and self.answers:
+                    await session.finish()
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
 
     async def _tell(self, socket: websockets.ServerConnection, session: Scripted, cut: int | None) -> None:
         told = 0
@@ -216,7 +215,7 @@ class ScriptedServer:
                     event = {"type": "transcription.delta", "delta": text}
                     told += 1
             with contextlib.suppress(websockets.ConnectionClosed):
-                await socket.send(json.dumps(event))
+                await socket.send("{" if self.garbles else json.dumps(event))
         socket.transport.abort()
 
 

