@@ -11,7 +11,7 @@ const SETTLE = 4 * FRAME; // the model speaks of a word up to 0.2 s after its en
 const PAUSE = 3 * FRAME; // silence wanted on either side of a settled point
 const MAX_TAIL = 30 * RATE; // so much unsettled audio without a pause is settled between two words
 export const UNANSWERED_SECONDS = 1.5; // sound without a word that may be a cough
-const NEAR = RATE / 2; // so far around a point, or before a word's end, the loud parts are those of the same voice
+const NEAR = RATE / 2; // so far beside a pause, or before a word's end, what is loud is the voice
 const MAX_WORD = 2 * RATE; // longest word considered when its start is looked for
 const FLOOR_DB = -65; // below this everything is silence
 // Chinese and Japanese are written without spaces; Korean, whose characters are as wide, is not.
@@ -137,7 +137,7 @@ export class Timeline {
 
   /** Seconds of sound above the noise, understood without a word since the last word. */
   unanswered() {
-    const noise = this.#noise(0, this.heard);
+    const noise = this.#noise([0, this.heard]);
     return (this.#readings(this.#answered, this.understood).filter((db) => db > noise).length * HOP) / RATE;
   }
 
@@ -192,7 +192,7 @@ export class Timeline {
     const last = this.tail.at(-1);
     const earliest = Math.max(last ? Math.round(last.end * RATE) : this.#lastEnd, this.#origin);
     const first = Math.ceil(Math.max(earliest, spoken - MAX_WORD, this.#levelsStart) / HOP) * HOP;
-    const noise = this.#noise(spoken - NEAR, spoken);
+    const noise = this.#noise([spoken - NEAR, spoken]);
     const loud = this.#readings(first, spoken + 2 * FRAME).map((db) => db > noise);
     const expected = Math.floor((spoken - FRAME / 2 - first) / HOP); // index of the reading behind the word's end
     let stop = Math.max(expected, 1);
@@ -218,7 +218,8 @@ export class Timeline {
 
   /** Is all audio within [start, end) silent? The future counts as silent. */
   #quiet(start, end) {
-    const noise = this.#noise(start - NEAR, end + NEAR);
+    const middle = Math.floor((start + end) / 2);
+    const noise = this.#noise([start - NEAR, middle], [middle, end + NEAR]);
     return this.#readings(start, end).every((db) => db <= noise);
   }
 
@@ -230,16 +231,17 @@ export class Timeline {
     return [level, Math.ceil(start / HOP) * HOP + readings.indexOf(level) * HOP];
   }
 
-  /** Level in dB under which sound counts as silence: in the last 30 s, and beside what [start, end) holds. */
-  #noise(start, end) {
+  /** Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`. */
+  #noise(...voices) {
     if (this.heard - this.#noiseAt >= RATE / 2) {
       this.#noiseAt = this.heard;
       const recent = this.#levels.slice((-30 * RATE) / HOP);
       const floor = percentile(recent, 0.1);
       this.#floor = Math.max(FLOOR_DB, floor + Math.min(8, 0.4 * (percentile(recent, 0.95) - floor)));
     }
-    const near = this.#readings(Math.max(start, this.heard - 30 * RATE), end);
-    return near.length ? Math.max(this.#floor, percentile(near, 0.95) - 35) : this.#floor;
+    const spans = voices.map(([start, end]) => this.#readings(Math.max(start, this.heard - 30 * RATE), end));
+    const loud = spans.filter((span) => span.length).map((span) => percentile(span, 0.95));
+    return Math.max(this.#floor, Math.min(...(loud.length ? loud : [FLOOR_DB])) - 35);
   }
 }
 

@@ -122,8 +122,9 @@ class Timeline {
     final recent = _levels.sublist(max(0, _levels.length - 1500))..sort();
     if (recent.isEmpty) return true;
     final floor = recent[recent.length ~/ 10], loud = recent[recent.length * 95 ~/ 100];
-    final near = _within(from - rate ~/ 2, to + rate ~/ 2)..sort();
-    final voice = near.isEmpty ? -65.0 : near[near.length * 95 ~/ 100];
+    final middle = (from + to) ~/ 2, beside = [_within(from - rate ~/ 2, middle), _within(middle, to + rate ~/ 2)];
+    final voices = [for (final levels in beside) if (levels.isNotEmpty) (levels..sort())[levels.length * 95 ~/ 100]];
+    final voice = voices.fold(0.0, min);
     final limit = [-65.0, voice - 35, floor + min(8, 0.4 * (loud - floor))].reduce(max);
     return _within(from, to).every((level) => level <= limit);
   }

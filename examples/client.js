@@ -90,8 +90,9 @@ class Timeline {
     const within = (start, end) => this.#levels.slice(Math.max(0, Math.ceil(start / HOP)), Math.max(0, end / HOP));
     const part = (levels, share) => levels.sort((a, b) => a - b)[Math.floor(share * levels.length)] ?? -65;
     const recent = this.#levels.slice(-1500), floor = part(recent, 0.1), loud = part(recent, 0.95);
-    const near = part(within(from - RATE / 2, to + RATE / 2), 0.95);
-    const limit = Math.max(-65, near - 35, floor + Math.min(8, 0.4 * (loud - floor)));
+    const middle = (from + to) / 2, beside = [within(from - RATE / 2, middle), within(middle, to + RATE / 2)];
+    const voice = Math.min(...beside.filter(({ length }) => length).map((levels) => part(levels, 0.95)));
+    const limit = Math.max(-65, voice - 35, floor + Math.min(8, 0.4 * (loud - floor)));
     return within(from, to).every((level) => level <= limit);
   }
 }

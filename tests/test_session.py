@@ -327,7 +327,7 @@ def test_every_script_keeps_its_spaces():
 
     async def run() -> None:
         async with babel() as servers:
-            runs = [transcribe(server, pieces(tones(8))) for server in servers.values()]
+            runs = [transcribe(server, pieces(tones(8, gap=1.2))) for server in servers.values()]
             assert_spaces(servers, [text(words) for words, _ in await asyncio.gather(*runs)])
 
     asyncio.run(asyncio.wait_for(run(), 200))
@@ -388,7 +388,7 @@ def test_every_script_keeps_its_spaces_in_javascript(audio, client):
     async def run() -> None:
         async with babel() as servers:
             urls = [server.url for server in servers.values()]
-            results = await asyncio.to_thread(node, script, audio(tones(8)), *urls)
+            results = await asyncio.to_thread(node, script, audio(tones(8, gap=1.2)), *urls)
             assert_spaces(servers, [result["text"] for result in results])
 
     asyncio.run(asyncio.wait_for(run(), 250))

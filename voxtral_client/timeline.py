@@ -30,7 +30,7 @@ SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, th
 PAUSE = 3 * FRAME  # silence wanted on either side of a settled point
 MAX_TAIL = 30 * RATE  # so much unsettled audio without a pause is settled between two words
 UNANSWERED_SECONDS = 1.5  # sound without a word that may be a cough; more of it is not settled unasked
-NEAR = RATE // 2  # so far around a point, or before a word's end, the loud parts are those of the same voice
+NEAR = RATE // 2  # so far beside a pause, or before a word's end, what is loud is the voice
 MAX_WORD = 2 * RATE  # longest word considered when its start is looked for
 FLOOR_DB = -65.0  # below this everything is silence: the noise of a quiet microphone
 # Chinese and Japanese are written without spaces; Korean, whose characters are as wide, is not.
@@ -175,7 +175,7 @@ class Timeline:
     def unanswered(self) -> float:
         """Seconds of sound above the noise, understood without a word since the last word."""
         start = self._answered
-        return float((self._readings(start, self.understood) > self._noise(0, self.heard)).sum()) * HOP / RATE
+        return float((self._readings(start, self.understood) > self._noise((0, self.heard))).sum()) * HOP / RATE
 
     def wordless(self) -> float:
         """Seconds of audio, silent or not, since the last word."""
@@ -230,7 +230,7 @@ class Timeline:
         """
         earliest = max(_samples(self.tail[-1].end) if self.tail else self._last_end, self._origin)
         first = -(-max(earliest, spoken - MAX_WORD, self._levels_start) // HOP) * HOP
-        loud = self._readings(first, spoken + 2 * FRAME) > self._noise(spoken - NEAR, spoken)
+        loud = self._readings(first, spoken + 2 * FRAME) > self._noise((spoken - NEAR, spoken))
         expected = (spoken - FRAME // 2 - first) // HOP  # index of the reading behind the word's end
         falls = np.flatnonzero(loud[:-1] & ~loud[1:]) + 1
         falls = falls[abs(falls - expected) <= 2 * FRAME // HOP]
@@ -250,7 +250,9 @@ class Timeline:
 
     def _quiet(self, start: int, end: int) -> bool:
         """Is all audio within [start, end) silent? The future beyond `heard` counts as silent."""
-        return bool((self._readings(start, end) <= self._noise(start - NEAR, end + NEAR)).all())
+        middle = (start + end) // 2
+        noise = self._noise((start - NEAR, middle), (middle, end + NEAR))
+        return bool((self._readings(start, end) <= noise).all())
 
     def _quietest(self, start: int, end: int) -> tuple[float, int]:
         """Return level and position of the quietest reading within [start, end)."""
@@ -260,19 +262,20 @@ class Timeline:
         quietest = int(readings.argmin())
         return float(readings[quietest]), -(-start // HOP) * HOP + quietest * HOP
 
-    def _noise(self, start: int, end: int) -> float:
-        """Level in dB under which sound counts as silence: in the last 30 s, and beside what [start, end) holds.
+    def _noise(self, *voices: tuple[int, int]) -> float:
+        """Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`.
 
         Up to 8 dB over the noise floor, less where speech barely rises above it; never more than 35 dB under the loud
-        parts of [start, end), where only breath is. What was loud elsewhere, a tone for one, does not count.
+        parts of the quietest span, where only breath is. What was loud elsewhere, a tone for one, does not count.
         """
         if self.heard - self._noise_at >= RATE // 2:
             self._noise_at = self.heard
             recent = self._levels[-30 * RATE // HOP :]
             floor, loud = np.percentile(recent, (10, 95)) if recent else (FLOOR_DB, FLOOR_DB)
             self._floor = max(FLOOR_DB, floor + min(8, 0.4 * (loud - floor)))
-        near = self._readings(max(start, self.heard - 30 * RATE), end)
-        return max(self._floor, float(np.percentile(near, 95)) - 35) if len(near) else self._floor
+        readings = [self._readings(max(start, self.heard - 30 * RATE), end) for start, end in voices]
+        loud = min((float(np.percentile(span, 95)) for span in readings if len(span)), default=FLOOR_DB)
+        return max(self._floor, loud - 35)
 
 
 def _samples(seconds: float) -> int:
