@@ -30,6 +30,7 @@ export class Timeline {
   #levels = [];
   #levelsStart = 0; // position of the first level reading
   #floor = FLOOR_DB;
+  #edge = FLOOR_DB;
   #noiseAt = -RATE;
   #origin = 0;
   #frames = 0;
@@ -137,7 +138,7 @@ export class Timeline {
 
   /** Seconds of sound above the noise, understood without a word since the last word. */
   unanswered() {
-    const noise = this.#noise([0, this.heard]);
+    const noise = this.#noise([[0, this.heard]]);
     return (this.#readings(this.#answered, this.understood).filter((db) => db > noise).length * HOP) / RATE;
   }
 
@@ -192,7 +193,7 @@ export class Timeline {
     const last = this.tail.at(-1);
     const earliest = Math.max(last ? Math.round(last.end * RATE) : this.#lastEnd, this.#origin);
     const first = Math.ceil(Math.max(earliest, spoken - MAX_WORD, this.#levelsStart) / HOP) * HOP;
-    const noise = this.#noise([spoken - NEAR, spoken]);
+    const noise = this.#noise([[spoken - NEAR, spoken]], true);
     const loud = this.#readings(first, spoken + 2 * FRAME).map((db) => db > noise);
     const expected = Math.floor((spoken - FRAME / 2 - first) / HOP); // index of the reading behind the word's end
     let stop = Math.max(expected, 1);
@@ -219,7 +220,7 @@ export class Timeline {
   /** Is all audio within [start, end) silent? The future counts as silent. */
   #quiet(start, end) {
     const middle = Math.floor((start + end) / 2);
-    const noise = this.#noise([start - NEAR, middle], [middle, end + NEAR]);
+    const noise = this.#noise([[start - NEAR, middle], [middle, end + NEAR]]);
     return this.#readings(start, end).every((db) => db <= noise);
   }
 
@@ -232,16 +233,18 @@ export class Timeline {
   }
 
   /** Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`. */
-  #noise(...voices) {
+  #noise(voices, edge = false) {
     if (this.heard - this.#noiseAt >= RATE / 2) {
       this.#noiseAt = this.heard;
       const recent = this.#levels.slice((-30 * RATE) / HOP);
       const floor = percentile(recent, 0.1);
-      this.#floor = Math.max(FLOOR_DB, floor + Math.min(8, 0.4 * (percentile(recent, 0.95) - floor)));
+      const rise = Math.min(8, 0.4 * (percentile(recent, 0.95) - floor));
+      this.#floor = Math.max(FLOOR_DB, floor + rise);
+      this.#edge = Math.max(FLOOR_DB, floor + Math.min(rise, 2 + 6 * (floor - percentile(recent, 0.02))));
     }
     const spans = voices.map(([start, end]) => this.#readings(Math.max(start, this.heard - 30 * RATE), end));
     const loud = spans.filter((span) => span.length).map((span) => percentile(span, 0.95));
-    return Math.max(this.#floor, Math.min(...(loud.length ? loud : [FLOOR_DB])) - 35);
+    return Math.max(edge ? this.#edge : this.#floor, Math.min(...(loud.length ? loud : [FLOOR_DB])) - 35);
   }
 }
 

@@ -27,6 +27,9 @@ export class Lost extends Error {
   constructor(message, busy = false) { super(message); this.busy = busy; }
 }
 
+// A browser says nothing of a refused WebSocket but 1006. The server has just answered, so it is there and has the key.
+const SHUT = "the server answers but lets this page open no WebSocket: is there a proxy that does not pass on Host?";
+
 /**
  * Ask the server at `base` (a URL ending in "/") what it serves: {id, max_model_len, voxtral_speed}, the last one true
  * where a frame costs the same however long the session is. Throws Refused or Lost.
@@ -82,7 +85,10 @@ class Session {
     const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
     this.socket = key ? new WebSocket(url, ["voxtral", `key.${hex}`]) : new WebSocket(url);
     this.socket.onmessage = ({ data }) => this.#put(parsed(data));
-    this.socket.onclose = ({ code, reason }) => this.#put(new Lost(`connection lost (${`${code} ${reason}`.trim()})`));
+    this.socket.onopen = () => { this.opened = true; };
+    this.socket.onclose = ({ code, reason }) => {
+      this.#put(new Lost(this.asked && !this.opened ? SHUT : `connection lost (${`${code} ${reason}`.trim()})`));
+    };
   }
 
   #put(item) { this.#queue.push(item); this.#alarms.ring(); }
@@ -173,8 +179,9 @@ export class Transcriber {
       }
       try {
         // Asked again after a failure: the socket's own refusal would not say why.
-        if (failures || !this.#model) this.#model = await model(this.#base, this.#key);
-        await this.#run(() => { failures = 0; });
+        const ask = failures > 0 || !this.#model;
+        if (ask) this.#model = await model(this.#base, this.#key);
+        await this.#run(ask, () => { failures = 0; });
         this.#on.state("connecting", "");
       } catch (error) {
         if (!(error instanceof Lost)) throw error;
@@ -192,9 +199,10 @@ export class Transcriber {
   }
 
   /** One session, until a new one should go on or all is understood. */
-  async #run(achieved) {
+  async #run(asked, achieved) {
     this.sessions++;
     const session = new Session(this.#base, this.#key, this.#alarms);
+    session.asked = asked;
     try {
       await session.start(this.#model.id);
       this.#sent = this.timeline.begin();

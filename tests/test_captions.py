@@ -574,6 +574,20 @@ def test_microphone_changed_during_an_outage():
     asyncio.run(run())
 
 
+def test_refused_websocket_is_told_from_a_server_that_is_away():
+    """The guard's 403, behind a proxy that changes Host: a browser shows 1006 for everything."""
+
+    async def run() -> None:
+        async with ScriptedServer(refusal=403) as server, browsing() as page:
+            await page.goto(server.page)
+            await start(page)
+            await expect(page.locator("#message")).to_contain_text("lets this page open no WebSocket")
+            server.refusal = None
+            await expect(page.locator("#state")).to_have_text("listening")
+
+    asyncio.run(run())
+
+
 # What Chromium does to timers of a page that nobody has looked at for five minutes.
 IN_THE_BACKGROUND = """
   const real = setTimeout;

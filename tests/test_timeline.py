@@ -117,6 +117,22 @@ def test_quiet_talk_after_something_loud(sound, seconds, cut):
         assert abs(word.end - end / RATE) <= 0.2
 
 
+@pytest.mark.parametrize("noise", [-60, -50, -40])
+def test_starts_in_steady_noise(noise):
+    """Voices whose weak sounds, 12 dB below their loud ones, barely rise above it."""
+    _, words = audio_of([(40, 14), (40, 40), (45, 12), (40, 60)])
+    rng, length = np.random.default_rng(4), words[-1][2] + 2 * RATE
+    voice = np.zeros(length)
+    for _, start, end in words:
+        shape = np.where(np.arange(end - start) < 0.7 * (end - start), 10 ** (-12 / 20), 1.0)
+        voice[start:end] = rng.normal(0, 1, end - start) * shape
+    samples = rng.normal(0, 10 ** (noise / 20), length) + voice * 10 ** ((noise + 16) / 20)
+    got, wanted = follow(samples, words, [])
+    for word, (_, start, end) in zip(got, wanted, strict=True):
+        assert abs(word.start - start / RATE) <= 0.2
+        assert abs(word.end - end / RATE) <= 0.2
+
+
 def test_memory_stays_bounded_over_two_hours():
     """Two hours of talk leave no more in the books than a minute of it does."""
     samples, words = audio_of([(20, 40)] * 50)  # one minute

@@ -167,7 +167,8 @@ class Server:
         """Return the address, with the proxy on the way there and how to do without it."""
         if not proxy:
             return self.url
-        names = [f"{scheme.upper()}_PROXY" for scheme, value in urllib.request.getproxies().items() if value in proxy]
+        settings = urllib.request.getproxies().items()
+        names = [f"{kind.upper()}_PROXY" for kind, value in settings if kind != "no" and proxy.endswith(value)]
         shown = proxy.partition("://")[2].rpartition("@")[2]  # without its password
         return (
             f"{self.url} through the proxy {printable(shown)} ({' or '.join(names)}; "

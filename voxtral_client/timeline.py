@@ -67,7 +67,7 @@ class Timeline:
         self._pcm, self._pcm_start = bytearray(), 0
         self._levels: list[float] = []
         self._levels_start = 0  # position of the first level reading
-        self._floor, self._noise_at = FLOOR_DB, -RATE
+        self._floor, self._edge, self._noise_at = FLOOR_DB, FLOOR_DB, -RATE
         self._last_end = 0  # end of the last settled word
         self._origin = self._frames = 0
         self._last_text = 0  # position of the last delta with text
@@ -230,7 +230,7 @@ class Timeline:
         """
         earliest = max(_samples(self.tail[-1].end) if self.tail else self._last_end, self._origin)
         first = -(-max(earliest, spoken - MAX_WORD, self._levels_start) // HOP) * HOP
-        loud = self._readings(first, spoken + 2 * FRAME) > self._noise((spoken - NEAR, spoken))
+        loud = self._readings(first, spoken + 2 * FRAME) > self._noise((spoken - NEAR, spoken), edge=True)
         expected = (spoken - FRAME // 2 - first) // HOP  # index of the reading behind the word's end
         falls = np.flatnonzero(loud[:-1] & ~loud[1:]) + 1
         falls = falls[abs(falls - expected) <= 2 * FRAME // HOP]
@@ -262,20 +262,23 @@ class Timeline:
         quietest = int(readings.argmin())
         return float(readings[quietest]), -(-start // HOP) * HOP + quietest * HOP
 
-    def _noise(self, *voices: tuple[int, int]) -> float:
+    def _noise(self, *voices: tuple[int, int], edge: bool = False) -> float:
         """Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`.
 
         Up to 8 dB over the noise floor, less where speech barely rises above it; never more than 35 dB under the loud
         parts of the quietest span, where only breath is. What was loud elsewhere, a tone for one, does not count.
+        `edge`: for where a word begins and ends. In steady noise that is nearer to the floor.
         """
         if self.heard - self._noise_at >= RATE // 2:
             self._noise_at = self.heard
             recent = self._levels[-30 * RATE // HOP :]
-            floor, loud = np.percentile(recent, (10, 95)) if recent else (FLOOR_DB, FLOOR_DB)
-            self._floor = max(FLOOR_DB, floor + min(8, 0.4 * (loud - floor)))
+            lowest, floor, loud = np.percentile(recent, (2, 10, 95)) if recent else [FLOOR_DB] * 3
+            rise = min(8, 0.4 * (loud - floor))
+            self._floor = max(FLOOR_DB, floor + rise)
+            self._edge = max(FLOOR_DB, floor + min(rise, 2 + 6 * (floor - lowest)))
         readings = [self._readings(max(start, self.heard - 30 * RATE), end) for start, end in voices]
         loud = min((float(np.percentile(span, 95)) for span in readings if len(span)), default=FLOOR_DB)
-        return max(self._floor, loud - 35)
+        return max(self._edge if edge else self._floor, loud - 35)
 
 
 def _samples(seconds: float) -> int:
