@@ -15,6 +15,7 @@ from scripted import Ear, Scripted, ScriptedServer, scripted, tones
 
 from voxtral_client import session
 from voxtral_client.audio import RATE, to_pcm16
+from voxtral_client.proxies import proxy_for
 from voxtral_client.session import Lost, Refused, Server
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import GaveUp, Transcriber
@@ -231,8 +232,8 @@ def test_proxy_is_not_asked_for_this_machine(proxies, variable):
 @pytest.mark.parametrize("host", ["10.1.2.3", "192.168.0.9", "[fd00::1]", "[::1]", "169.254.1.1", "localhost"])
 def test_private_addresses_need_no_proxy(proxies, host):
     proxies(HTTP_PROXY="http://127.0.0.1:3128", HTTPS_PROXY="http://127.0.0.1:3128")
-    assert Server(f"ws://{host}:8000")._proxy() is None
-    assert Server(f"wss://{host}:8000")._proxy() is None
+    assert proxy_for(f"ws://{host}:8000") is None
+    assert proxy_for(f"wss://{host}:8000") is None
 
 
 def test_proxy_is_used_for_the_internet(proxies):

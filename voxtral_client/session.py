@@ -13,9 +13,7 @@ that can go wrong becomes one of two exceptions: `Refused` (trying again is usel
 import asyncio
 import base64
 import http.client
-import ipaddress
 import json
-import socket
 import ssl
 import urllib.error
 import urllib.request
@@ -25,8 +23,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 import websockets
-from websockets.proxy import get_proxy, parse_proxy
-from websockets.uri import parse_uri
+
+from .proxies import proxy_for, through
 
 FRAME = 1280  # samples of audio behind one delta: 80 ms at 16 kHz
 DEFAULT_URL = "ws://localhost:8000/v1/realtime"
@@ -147,38 +145,15 @@ class Server:
         return urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS)
 
     def _proxy(self) -> str | None:
-        """Return the address of the proxy that the system's settings name for this server, or None.
-
-        Loopback and private addresses need none: no proxy elsewhere leads there. Raises Refused where it is no use.
-        """
-        proxy = get_proxy(parse_uri(self.url))
-        if proxy is None or _nearby(urlsplit(self.url).hostname):
-            return None
-        proxy = proxy if "://" in proxy else f"http://{proxy}"
         try:
-            scheme = parse_proxy(proxy).scheme
-        except (websockets.InvalidProxy, ValueError):
-            raise Refused(f"{self._through(proxy)}: not the address of a proxy") from None
-        if scheme.startswith("socks"):
-            raise Refused(f"{self._through(proxy)}: SOCKS cannot be used here, only a proxy for HTTP")
-        return proxy
-
-    def _through(self, proxy: str | None) -> str:
-        """Return the address, with the proxy on the way there and how to do without it."""
-        if not proxy:
-            return self.url
-        settings = urllib.request.getproxies().items()
-        names = [f"{kind.upper()}_PROXY" for kind, value in settings if kind != "no" and proxy.endswith(value)]
-        shown = proxy.partition("://")[2].rpartition("@")[2]  # without its password
-        return (
-            f"{self.url} through the proxy {printable(shown)} ({' or '.join(names)}; "
-            f"without it: NO_PROXY={urlsplit(self.url).hostname})"
-        )
+            return proxy_for(self.url)
+        except ValueError as error:
+            raise Refused(str(error)) from None
 
     def _absent(self, reason: object, proxy: str | None) -> Lost:
         why = printable(getattr(reason, "strerror", None) or reason)
         if proxy:
-            return Lost(f"{self._through(proxy)}: no answer ({why})", absent=True)
+            return Lost(f"{through(self.url, proxy)}: no answer ({why})", absent=True)
         return Lost(f"{self.url}: no server answers there ({why}); start ./serve.sh", absent=True)
 
     def _untrusted(self, error: ssl.SSLCertVerificationError) -> Refused:
@@ -188,7 +163,7 @@ class Server:
         return Refused(f"{self.url}: not a vLLM realtime server")
 
     def _http_refusal(self, code: int, proxy: str | None) -> Refused | Lost:
-        where = self._through(proxy)
+        where = through(self.url, proxy)
         if code >= 500:
             return Lost(f"{where}: the server is not well (HTTP {code})")
         if code == 401:
@@ -217,7 +192,7 @@ class Server:
         except (websockets.InvalidStatus, websockets.InvalidProxyStatus) as error:
             raise self._http_refusal(error.response.status_code, proxy) from None
         except (websockets.InvalidHandshake, websockets.InvalidMessage):
-            raise Lost(f"{self._through(proxy)}: the handshake broke off") from None
+            raise Lost(f"{through(self.url, proxy)}: the handshake broke off") from None
         except ssl.SSLCertVerificationError as error:
             raise self._untrusted(error) from None
         except (OSError, TimeoutError) as error:
@@ -318,12 +293,3 @@ def _closing(error: Exception) -> str:
     if isinstance(error, websockets.ConnectionClosed) and error.rcvd is not None:
         return f"closed with {error.rcvd.code} {printable(error.rcvd.reason)}".strip()
     return "no closing message" if isinstance(error, websockets.ConnectionClosed) else printable(error)
-
-
-def _nearby(host: str) -> bool:
-    """Does this name lead only to loopback, private, link-local and other addresses that are not the internet's?"""
-    try:
-        found = {info[4][0].partition("%")[0] for info in socket.getaddrinfo(host, None)}
-    except (OSError, UnicodeError):
-        return False  # behind some proxies, names mean something to the proxy alone
-    return not any(ipaddress.ip_address(address).is_global for address in found)
