@@ -222,6 +222,7 @@ class Transcription {
       _headers.forEach(request.headers.set);
       final reply = await request.close().timeout(answer);
       if (reply.statusCode == 401) throw Refused('wrong API key (HTTP 401)');
+      if (reply.statusCode == 403) throw Refused('wrong path (HTTP 403)');
       if (reply.statusCode >= 500) throw Lost('the server is not well (HTTP ${reply.statusCode})');
       if (reply.statusCode != 200) throw Refused('$url: no realtime server there (HTTP ${reply.statusCode})');
       final models = (jsonDecode(await utf8.decodeStream(reply).timeout(answer)) as Map)['data'] as List;

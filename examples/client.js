@@ -153,6 +153,7 @@ export class Transcription {
     const reply = await fetch(url, { headers, signal: AbortSignal.timeout(ANSWER) })
       .catch(() => { throw new Lost(`${this.url}: no server answers there`); });
     if (reply.status === 401) throw new Refused("wrong API key (HTTP 401)");
+    if (reply.status === 403) throw new Refused("wrong path, or a page that is not let in (HTTP 403)");
     if (reply.status >= 500) throw new Lost(`the server is not well (HTTP ${reply.status})`);
     const models = (await reply.json().catch(() => ({}))).data ?? [];
     const served = models.find(({ id }) => id === this.model) ?? models[0];

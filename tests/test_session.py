@@ -454,6 +454,9 @@ def test_wrong_key_rejects_and_does_not_end_node(audio):
     """
     with scripted(key="sesame") as server:
         assert node(script, audio(tones(20)), server.url) == "wrong API key (HTTP 401)"
+        server.key = ""
+        elsewhere = server.url.replace("/v1/realtime", "/other/realtime")
+        assert node(script, audio(tones(2)), elsewhere) == "wrong path, or a page that is not let in (HTTP 403)"
 
 
 def test_messages_that_are_not_json_do_not_end_node(audio):
