@@ -32,44 +32,111 @@ export function explain(error) {
   }
 }
 
+const contexts = new Map();
+
+/**
+ * The AudioContext with its worklet, at 16 kHz or at the device's own rate. There is one of each for as long as the
+ * page lives: while the server is away, the worklet's code could not be fetched for another.
+ */
+function context(options) {
+  const rate = options?.sampleRate;
+  if (!contexts.has(rate)) {
+    const loaded = load(options);
+    contexts.set(rate, loaded);
+    loaded.catch(() => contexts.delete(rate));
+  }
+  return contexts.get(rate);
+}
+
+async function load(options) {
+  const made = new AudioContext(options);
+  try {
+    await made.audioWorklet.addModule(new URL("recorder.js", import.meta.url));
+    return made;
+  } catch (error) {
+    await made.close();
+    throw error;
+  }
+}
+
+const OURS = { sampleRate: 16000, latencyHint: "interactive" };
+
+/** Fetch what `Microphone.open` needs, while the server is there. */
+export function prepare() { context(OURS).catch(() => {}); }
+
 /** `on.audio(samples, level)`: an Int16Array of 80 ms at 16 kHz, its level in dB. `on.gone()`: it was unplugged. */
 export class Microphone {
+  #stream = null;
+  #nodes = null; // {context, source, recorder} behind it
+  #turn = 0; // counts what was asked for: an `open` that finds itself overtaken lets go of what it got
+
   constructor(on) { this.on = on; }
 
-  /** Begin to listen; `deviceId` "" is the system's choice. Throws what `explain` explains. */
+  /**
+   * Listen to this microphone in place of any other; `deviceId` "" is the system's choice. Returns whether it does:
+   * false where another `open` or `close` came meanwhile. Throws what `explain` explains.
+   */
   async open(deviceId) {
+    this.close();
+    const turn = this.#turn;
     // What browsers do to the sound for telephony does a recognizer no good.
     const audio = { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false };
     if (deviceId) audio.deviceId = { exact: deviceId };
-    this.stream = await navigator.mediaDevices.getUserMedia({ audio });
     try {
-      await this.#connect(new AudioContext({ sampleRate: 16000, latencyHint: "interactive" }));
+      const stream = await navigator.mediaDevices.getUserMedia({ audio });
+      if (turn !== this.#turn) {
+        stop(stream);
+        return false;
+      }
+      this.#stream = stream;
+      let used = await context(OURS);
+      let source;
+      try {
+        source = used.createMediaStreamSource(stream);
+      } catch (error) {
+        if (error.name !== "NotSupportedError") throw error;
+        used = await context(); // older Firefox: only the device's own rate (bugzilla 1674892)
+        source = used.createMediaStreamSource(stream);
+      }
+      await used.resume();
+      if (turn !== this.#turn) {
+        if (!this.#stream) used.suspend().catch(() => {});
+        return false;
+      }
+      this.#listen(used, source);
+      return true;
     } catch (error) {
-      await this.context.close();
-      if (error.name !== "NotSupportedError") throw error;
-      await this.#connect(new AudioContext()); // older Firefox: only the device's own rate (bugzilla 1674892)
+      if (turn !== this.#turn) return false;
+      this.close();
+      throw error;
     }
-    const [track] = this.stream.getAudioTracks();
-    this.label = track.label;
-    track.onended = () => this.on.gone();
   }
 
-  async #connect(context) {
-    this.context = context;
-    await context.audioWorklet.addModule(new URL("recorder.js", import.meta.url));
-    const source = context.createMediaStreamSource(this.stream);
-    const recorder = new AudioWorkletNode(context, "recorder", { numberOfOutputs: 0 });
+  #listen(used, source) {
+    const recorder = new AudioWorkletNode(used, "recorder", { numberOfOutputs: 0 });
     recorder.port.onmessage = ({ data }) => this.on.audio(data.samples, data.level);
     source.connect(recorder);
     // A telephone call on a phone, for one, suspends it.
-    context.onstatechange = () => {
-      if (!["closed", "running"].includes(context.state)) context.resume().catch(() => {});
-    };
-    await context.resume();
+    used.onstatechange = () => { if (used.state !== "running") used.resume().catch(() => {}); };
+    this.#stream.getAudioTracks()[0].onended = () => this.on.gone();
+    this.#nodes = { context: used, source, recorder };
   }
 
   close() {
-    this.stream?.getTracks().forEach((track) => { track.onended = null; track.stop(); });
-    if (this.context?.state !== "closed") this.context?.close();
+    this.#turn++;
+    if (this.#stream) stop(this.#stream);
+    this.#stream = null;
+    if (!this.#nodes) return;
+    const { context: used, source, recorder } = this.#nodes;
+    this.#nodes = null;
+    source.disconnect();
+    recorder.port.onmessage = null;
+    recorder.port.postMessage("end");
+    used.onstatechange = null;
+    used.suspend().catch(() => {});
   }
+}
+
+function stop(stream) {
+  stream.getTracks().forEach((track) => { track.onended = null; track.stop(); });
 }

@@ -1,6 +1,6 @@
 // The page: what the user does, and what there is to see. Recognition is transcriber.js, sound microphone.js.
 
-import { Microphone, explain, microphones, obstacle } from "./microphone.js";
+import { Microphone, explain, microphones, obstacle, prepare } from "./microphone.js";
 import { plain, srt } from "./subtitles.js";
 import { RATE } from "./timeline.js";
 import { Refused, Transcriber, model } from "./transcriber.js";
@@ -133,7 +133,6 @@ $("access").onsubmit = (event) => {
 // --- captioning ---
 
 async function start() {
-  $("start").disabled = true;
   const microphone = new Microphone({
     audio(samples, level) {
       showLevel(level);
@@ -154,25 +153,17 @@ async function start() {
     words: settle,
     tail: showTail,
     lost(from, to) {
-      run.lostFrom ??= from;
+      if (!(from <= run.lostTo)) run.lostFrom = from; // not the outage before, going on
+      run.lostTo = to;
       say(`The server was away for too long: ${(to - run.lostFrom).toFixed(0)} s of sound are lost.`, "bad");
     },
   });
-  const run = { microphone, transcriber, stopping: false, gone: false, fresh: true };
-  try {
-    await microphone.open($("device").value);
-  } catch (error) {
-    say(explain(error), "bad");
-    microphone.close();
-    $("start").disabled = false;
-    return;
-  }
+  const run = { microphone, transcriber, stopping: false, opened: false, gone: false, fresh: true };
   running = run;
   say("");
-  $("start").disabled = false;
   enable();
   stayAwake();
-  listDevices();
+  listen(run).then(() => run.gone && !run.opened && transcriber.end()); // may wait for the user's permission
   try {
     await transcriber.run();
     state("ready");
@@ -217,26 +208,32 @@ async function listDevices() {
 }
 
 /** Take the chosen microphone in place of the one that was used or is gone. */
-async function change() {
-  if (!running || running.stopping) return;
-  running.microphone.close();
+async function listen(run) {
   try {
-    await running.microphone.open($("device").value);
-    running.gone = false;
-    say("");
+    if (!(await run.microphone.open($("device").value))) return; // another was chosen meanwhile, or Stop
+    run.opened = true;
+    run.gone = false;
+    if ($("message").className === "bad") say("");
+    listDevices();
   } catch (error) {
-    running.gone = true;
+    run.gone = true;
     say(explain(error), "bad");
   }
+}
+
+function change() {
+  if (running && !running.stopping) listen(running);
 }
 $("device").onchange = change;
 
 /** Keep a phone's screen on while it shows captions. */
-async function stayAwake() {
-  try {
-    if (!running) await stayAwake.lock?.release();
-    else if (document.visibilityState === "visible") stayAwake.lock = await navigator.wakeLock?.request("screen");
-  } catch { /* a low battery may forbid it */ }
+function stayAwake() {
+  stayAwake.lock = Promise.resolve(stayAwake.lock).then(async (lock) => {
+    if (running && lock && !lock.released) return lock;
+    if (running && document.visibilityState === "visible") return navigator.wakeLock?.request("screen");
+    await lock?.release();
+    return null;
+  }).catch(() => null); // a low battery may forbid it
 }
 document.addEventListener("visibilitychange", stayAwake);
 
@@ -292,6 +289,7 @@ if (obstacle()) {
   state("refused", "no microphone");
   say(obstacle(), "bad");
 } else {
+  prepare();
   listDevices();
   navigator.mediaDevices.addEventListener("devicechange", () => listDevices().then(() => running?.gone && change()));
   greet();

@@ -9,9 +9,16 @@ class Recorder extends AudioWorkletProcessor {
   #block = new Int16Array(BLOCK);
   #filled = 0;
   #power = 0;
+  #over = false;
   #resample = sampleRate === RATE ? (samples) => samples : resampler(sampleRate);
 
+  constructor() {
+    super();
+    this.port.onmessage = () => { this.#over = true; };
+  }
+
   process([channels]) {
+    if (this.#over) return false; // else it would run for as long as the context does
     if (!channels.length) return true; // no microphone connected just now
     const mono = channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length);
     for (const sample of this.#resample(mono)) {

@@ -51,5 +51,8 @@ function escape(line) {
 }
 
 function clock(seconds) {
-  return new Date(Math.round(seconds * 1000)).toISOString().slice(11, 23).replace(".", ",");
+  const ms = Math.round(seconds * 1000);
+  const digits = (number, count) => String(Math.floor(number)).padStart(count, "0");
+  const parts = [digits(ms / 3600000, 2), digits((ms / 60000) % 60, 2), digits((ms / 1000) % 60, 2)];
+  return `${parts.join(":")},${digits(ms % 1000, 3)}`;
 }

@@ -11,8 +11,12 @@ const SETTLE = 4 * FRAME; // the model speaks of a word up to 0.2 s after its en
 const PAUSE = 3 * FRAME; // silence wanted on either side of a settled point
 const MAX_TAIL = 30 * RATE; // so much unsettled audio without a pause is settled between two words
 export const UNANSWERED_SECONDS = 1.5; // sound without a word that may be a cough
+const NEAR = RATE / 2; // so far beside a pause, or before a word's end, what is loud is the voice
 const MAX_WORD = 2 * RATE; // longest word considered when its start is looked for
 const FLOOR_DB = -65; // below this everything is silence
+// Chinese and Japanese are written without spaces; Korean, whose characters are as wide, is not.
+const UNSPACED =
+  /[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]/u;
 
 export class Timeline {
   settled = 0; // text before this sample is final
@@ -21,12 +25,13 @@ export class Timeline {
   heard = 0; // end of the audio so far
   #final = []; // settled words not yet taken
   #lastEnd = 0; // end of the last settled word
-  #spoken = false; // any text settled yet?
+  #spoken = ""; // the last character of the settled text
   #blocks = []; // audio kept: {start, samples}
   #levels = [];
   #levelsStart = 0; // position of the first level reading
-  #threshold = FLOOR_DB;
-  #thresholdAt = -RATE;
+  #floor = FLOOR_DB;
+  #edge = FLOOR_DB;
+  #noiseAt = -RATE;
   #origin = 0;
   #frames = 0;
   #lastText = 0; // position of the last delta with text
@@ -133,7 +138,7 @@ export class Timeline {
 
   /** Seconds of sound above the noise, understood without a word since the last word. */
   unanswered() {
-    const noise = this.#noise();
+    const noise = this.#noise([[0, this.heard]]);
     return (this.#readings(this.#answered, this.understood).filter((db) => db > noise).length * HOP) / RATE;
   }
 
@@ -152,7 +157,7 @@ export class Timeline {
     if (count) {
       const words = this.tail.splice(0, count);
       this.#final.push(...words);
-      this.#spoken = true;
+      this.#spoken = [...words.at(-1).text].at(-1);
       this.#lastEnd = Math.round(words.at(-1).end * RATE);
     }
     this.settled = point;
@@ -168,11 +173,13 @@ export class Timeline {
 
   /** Append text of the frame just understood to the tail, as words. */
   #add(text, blankBefore) {
+    if (this.#lastText === this.#origin && this.#spoken && apart(this.#spoken, [...text][0])) {
+      text = ` ${text}`; // the first word of a later session may come without its space
+    }
     split(text).forEach((piece, i) => {
       const last = this.tail.at(-1);
       const fresh = !last || /^\s/u.test(piece) || /\s$/u.test(last.text);
       if (fresh || i || (blankBefore && /^[\p{L}\p{N}]/u.test(piece))) {
-        if (!last && this.#spoken && !/^\s/u.test(piece) && !WIDE.test(piece)) piece = " " + piece;
         const [start, end] = this.#locate(this.understood - FRAME);
         this.tail.push({ text: piece, start: start / RATE, end: end / RATE, session: this.session });
       } else {
@@ -186,7 +193,7 @@ export class Timeline {
     const last = this.tail.at(-1);
     const earliest = Math.max(last ? Math.round(last.end * RATE) : this.#lastEnd, this.#origin);
     const first = Math.ceil(Math.max(earliest, spoken - MAX_WORD, this.#levelsStart) / HOP) * HOP;
-    const noise = this.#noise();
+    const noise = this.#noise([[spoken - NEAR, spoken]], true);
     const loud = this.#readings(first, spoken + 2 * FRAME).map((db) => db > noise);
     const expected = Math.floor((spoken - FRAME / 2 - first) / HOP); // index of the reading behind the word's end
     let stop = Math.max(expected, 1);
@@ -212,7 +219,8 @@ export class Timeline {
 
   /** Is all audio within [start, end) silent? The future counts as silent. */
   #quiet(start, end) {
-    const noise = this.#noise();
+    const middle = Math.floor((start + end) / 2);
+    const noise = this.#noise([[start - NEAR, middle], [middle, end + NEAR]]);
     return this.#readings(start, end).every((db) => db <= noise);
   }
 
@@ -224,29 +232,35 @@ export class Timeline {
     return [level, Math.ceil(start / HOP) * HOP + readings.indexOf(level) * HOP];
   }
 
-  /** Level in dB under which sound counts as silence, from the last 30 s heard. */
-  #noise() {
-    if (this.heard - this.#thresholdAt >= RATE / 2) {
-      this.#thresholdAt = this.heard;
-      const sorted = this.#levels.slice((-30 * RATE) / HOP).sort((a, b) => a - b);
-      const floor = percentile(sorted, 0.1);
-      const loud = percentile(sorted, 0.95);
-      this.#threshold = Math.max(FLOOR_DB, loud - 35, floor + Math.min(8, 0.4 * (loud - floor)));
+  /** Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`. */
+  #noise(voices, edge = false) {
+    if (this.heard - this.#noiseAt >= RATE / 2) {
+      this.#noiseAt = this.heard;
+      const recent = this.#levels.slice((-30 * RATE) / HOP);
+      const floor = percentile(recent, 0.1);
+      const rise = Math.min(8, 0.4 * (percentile(recent, 0.95) - floor));
+      this.#floor = Math.max(FLOOR_DB, floor + rise);
+      this.#edge = Math.max(FLOOR_DB, floor + Math.min(rise, 2 + 6 * (floor - percentile(recent, 0.02))));
     }
-    return this.#threshold;
+    const spans = voices.map(([start, end]) => this.#readings(Math.max(start, this.heard - 30 * RATE), end));
+    const loud = spans.filter((span) => span.length).map((span) => percentile(span, 0.95));
+    return Math.max(edge ? this.#edge : this.#floor, Math.min(...(loud.length ? loud : [FLOOR_DB])) - 35);
   }
 }
 
-// Scripts written without spaces.
-const WIDE = /^[\p{Script=Han}\p{Script=Hiragana}\p{Script=Katakana}\p{Script=Hangul}\u3000-\u303f\uff01-\uff60]/u;
+/** Is a space missing between these two characters of different words? */
+function apart(before, after) {
+  return ![before, after].some((c) => /\s/u.test(c) || UNSPACED.test(c));
+}
 
 /** Split before each whitespace that follows a word, losing nothing. */
 function split(text) {
   return text.match(/^\s*\S*|\s+\S*/gu).filter(Boolean);
 }
 
-function percentile(sorted, share) {
-  if (!sorted.length) return FLOOR_DB;
+function percentile(levels, share) {
+  if (!levels.length) return FLOOR_DB;
+  const sorted = levels.toSorted((a, b) => a - b);
   const at = share * (sorted.length - 1);
   const low = Math.floor(at);
   return sorted[low] + (at - low) * ((sorted[low + 1] ?? sorted[low]) - sorted[low]);

@@ -6,13 +6,15 @@ import { FRAME, RATE, Timeline, UNANSWERED_SECONDS } from "./timeline.js";
 
 const AHEAD = 5 * RATE; // audio in flight: enough to keep the server busy, little to send again
 const PIECE = RATE / 4; // audio in one message at most
-const ROLLOVER_SECONDS = 75; // a session costs more with every frame
+const ROLLOVER_SECONDS = 75; // on a stock server a frame costs more with every frame before it
+const FLAT_ROLLOVER_SECONDS = 600; // where it does not: eight sessions of that length fit beside each other on 12 GB
 const STALL_SECONDS = 20; // a loaded server answers within 1 s; a first request may compile for some more
 const RUT_SECONDS = 20; // speech without a word: nobody talks so long without one
 const RUT_MAX_SECONDS = 80; // music and noise are examined less and less often
 const KEEP_SECONDS = 300; // audio kept through an outage: 9.6 MB
 const MAX_DELAY = 3 * RATE; // a model with the longest delay waits for so much audio before it speaks
 const FLUSH = RATE / 4; // `done` is complete if it speaks of so much beyond the input
+const ANSWER_MS = 10000; // for /v1/models, and for the handshake with its session.created
 const PROMPT_TOKENS = 80; // of a session's length: start, padding and delay, and reserve
 
 /** Trying again is useless. `key`: because the server wants a key, or another one. */
@@ -25,16 +27,23 @@ export class Lost extends Error {
   constructor(message, busy = false) { super(message); this.busy = busy; }
 }
 
-/** Ask the server at `base` (a URL ending in "/") what it serves: {id, max_model_len}. Throws Refused or Lost. */
+// A browser says nothing of a refused WebSocket but 1006. The server has just answered, so it is there and has the key.
+const SHUT = "the server answers but lets this page open no WebSocket: is there a proxy that does not pass on Host?";
+
+/**
+ * Ask the server at `base` (a URL ending in "/") what it serves: {id, max_model_len, voxtral_speed}, the last one true
+ * where a frame costs the same however long the session is. Throws Refused or Lost.
+ */
 export async function model(base, key) {
   let reply;
   try {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    reply = await fetch(new URL("v1/models", base), { headers, signal: AbortSignal.timeout(10000) });
+    reply = await fetch(new URL("v1/models", base), { headers, signal: AbortSignal.timeout(ANSWER_MS) });
   } catch {
     throw new Lost("no server answers");
   }
   if (reply.status === 401) throw new Refused(key ? "wrong key" : "the server wants a key", true);
+  if (reply.status === 403) throw new Refused("wrong path, or a page that is not let in (HTTP 403)");
   if (reply.status >= 500) throw new Lost(`the server is not well (HTTP ${reply.status})`);
   const answer = await reply.json().catch(() => ({}));
   if (reply.status === 403) throw new Refused(answer.error?.message ?? "the server refuses this page (HTTP 403)");
@@ -43,32 +52,54 @@ export async function model(base, key) {
   return models[0];
 }
 
+/** Timers that also go off when sound arrives: browsers let those of a tab in the background wait for a minute. */
+class Alarms {
+  #set = new Set();
+
+  /** Wait so long, or until `ring`. */
+  async wait(milliseconds) {
+    const alarm = { due: Date.now() + milliseconds };
+    const waiting = new Promise((resolve) => { alarm.ring = resolve; });
+    const timer = setTimeout(alarm.ring, milliseconds);
+    this.#set.add(alarm);
+    await waiting;
+    clearTimeout(timer);
+    this.#set.delete(alarm);
+  }
+
+  /** End all waits that are over. */
+  check() { for (const { due, ring } of this.#set) if (Date.now() >= due) ring(); }
+
+  /** End all waits. */
+  ring() { for (const { ring } of this.#set) ring(); }
+}
+
 /** One WebSocket, one session. Messages wait in a queue until `receive` asks for them. */
 class Session {
   #queue = [];
-  #wake = () => {};
+  #alarms;
 
-  constructor(base, key) {
+  constructor(base, key, alarms) {
+    this.#alarms = alarms;
     const url = new URL("v1/realtime", base);
     url.protocol = url.protocol.replace("http", "ws");
     // A browser cannot send the header: the server's guard takes the key from here (voxtral_web/guard.py).
     const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
     this.socket = key ? new WebSocket(url, ["voxtral", `key.${hex}`]) : new WebSocket(url);
-    this.socket.onmessage = (event) => this.#put(JSON.parse(event.data));
-    this.socket.onclose = ({ code, reason }) => this.#put(new Lost(`connection lost (${`${code} ${reason}`.trim()})`));
+    this.socket.onmessage = ({ data }) => this.#put(parsed(data));
+    this.socket.onopen = () => { this.opened = true; };
+    this.socket.onclose = ({ code, reason }) => {
+      this.#put(new Lost(this.asked && !this.opened ? SHUT : `connection lost (${`${code} ${reason}`.trim()})`));
+    };
   }
 
-  #put(item) { this.#queue.push(item); this.#wake(); }
+  #put(item) { this.#queue.push(item); this.#alarms.ring(); }
 
   /** The next message, or null after `milliseconds`. Throws Refused or Lost, also for an `error` message. */
   async receive(milliseconds) {
-    if (!this.#queue.length) {
-      let timer;
-      await new Promise((resolve) => { this.#wake = resolve; timer = setTimeout(resolve, milliseconds); });
-      clearTimeout(timer);
-    }
+    if (!this.#queue.length) await this.#alarms.wait(milliseconds);
     const event = this.#queue.shift() ?? null;
-    if (event instanceof Lost) throw event;
+    if (event instanceof Error) throw event;
     if (event?.type !== "error") return event;
     if (event.error.includes("currently busy")) throw new Lost("all sessions of the server are taken", true);
     if (["processing_error", undefined, null].includes(event.code)) throw new Lost(`server error: ${event.error}`);
@@ -77,7 +108,7 @@ class Session {
 
   /** Choose the model and start the transcription. */
   async start(id) {
-    if ((await this.receive(10000))?.type !== "session.created") throw new Lost("the server did not greet");
+    if ((await this.receive(ANSWER_MS))?.type !== "session.created") throw new Lost("the server did not greet");
     this.send("session.update", { model: id });
     this.send("input_audio_buffer.commit");
   }
@@ -87,6 +118,14 @@ class Session {
   }
 
   close() { this.socket.onclose = this.socket.onmessage = null; this.socket.close(); }
+}
+
+function parsed(data) {
+  try {
+    return JSON.parse(data);
+  } catch {
+    return new Refused("no realtime server: a message was not JSON");
+  }
 }
 
 /** PCM16 samples as base64; the protocol's samples are little-endian, as every browser's machine is. */
@@ -109,7 +148,7 @@ export class Transcriber {
   #session = null;
   #lastDelta = 0;
   #patience = RUT_SECONDS;
-  #wake = () => {};
+  #alarms = new Alarms();
 
   constructor(base, key, on) { this.#base = base; this.#key = key; this.#on = on; }
 
@@ -122,18 +161,14 @@ export class Transcriber {
     const lost = this.timeline.dropOldest(KEEP_SECONDS * RATE);
     if (lost) this.#on.lost(lost[0] / RATE, lost[1] / RATE);
     this.#feed();
+    this.#alarms.check();
   }
 
   /** No more audio comes: `run` returns when the last words are there. */
   end() { this.#ended = true; this.#feed(); }
 
   /** Do not wait for the last words. */
-  stop() { this.#ended = this.#stopped = true; this.#session?.close(); this.#wake(); }
-
-  /** Wait, but not beyond `stop`. */
-  #sleep(seconds) {
-    return new Promise((resolve) => { this.#wake = resolve; setTimeout(resolve, 1000 * seconds); });
-  }
+  stop() { this.#ended = this.#stopped = true; this.#session?.close(); this.#alarms.ring(); }
 
   /** Run one session after the other until the input is understood. Throws Refused. */
   async run() {
@@ -141,21 +176,23 @@ export class Transcriber {
     this.#on.state("connecting", "");
     while (!this.#stopped && !(this.#ended && this.timeline.heard <= this.timeline.settled)) {
       if (this.timeline.heard <= this.timeline.settled) { // a session without audio would only hold its slot
-        await this.#sleep(0.1);
+        await this.#alarms.wait(100);
         continue;
       }
       try {
         // Asked again after a failure: the socket's own refusal would not say why.
-        if (failures || !this.#model) this.#model = await model(this.#base, this.#key);
-        await this.#run(() => { failures = 0; });
+        const ask = failures > 0 || !this.#model;
+        if (ask) this.#model = await model(this.#base, this.#key);
+        await this.#run(ask, () => { failures = 0; });
         this.#on.state("connecting", "");
       } catch (error) {
         if (!(error instanceof Lost)) throw error;
+        if (this.#stopped) break;
         this.#on.words(this.timeline.take());
         this.#on.state("waiting", `${error.message}${error.busy ? ": waiting for a free one" : "; trying again"}`);
         failures += error.busy ? 0 : 1;
         const wait = error.busy ? 2 : Math.min(8, 0.25 * 2 ** failures);
-        await this.#sleep(wait * (0.5 + Math.random()));
+        await this.#alarms.wait(1000 * wait * (0.5 + Math.random()));
       }
     }
     this.#on.words(this.timeline.take());
@@ -164,9 +201,10 @@ export class Transcriber {
   }
 
   /** One session, until a new one should go on or all is understood. */
-  async #run(achieved) {
+  async #run(asked, achieved) {
     this.sessions++;
-    const session = new Session(this.#base, this.#key);
+    const session = new Session(this.#base, this.#key, this.#alarms);
+    session.asked = asked;
     try {
       await session.start(this.#model.id);
       this.#sent = this.timeline.begin();
@@ -217,7 +255,10 @@ export class Transcriber {
     if (event.type === "transcription.done") {
       if (timeline.sessionLength === 0) throw new Lost("the server ended the session without a word");
       if (this.#ended && timeline.understood >= timeline.heard + FLUSH) timeline.finish();
-      else timeline.settleBetweenWords(); // the server's limit came first
+      else {
+        timeline.settleBetweenWords(); // the server's limit came first
+        if (timeline.settled === settled) throw new Lost("the server ended the session before a word could settle");
+      }
       return false;
     }
     if (event.type !== "transcription.delta") return true;
@@ -233,7 +274,8 @@ export class Transcriber {
     const age = timeline.sessionLength / RATE;
     const tokens = this.#model.max_model_len;
     const limit = tokens ? (Math.max(tokens - PROMPT_TOKENS, tokens / 2) * FRAME) / RATE : 2400;
-    const rollover = Math.min(ROLLOVER_SECONDS, limit / 2);
+    const longest = this.#model.voxtral_speed === true ? FLAT_ROLLOVER_SECONDS : ROLLOVER_SECONDS;
+    const rollover = Math.min(longest, limit / 2);
     if (this.#ended && this.#sent >= timeline.heard && age <= limit) return false; // a few frames more, and all is done
     if (age > rollover && timeline.settled > settledBefore) return true;
     if (age > Math.min(limit, 4 * rollover)) { // talk without a pause, or music under it

@@ -23,8 +23,13 @@ const ahead = 5 * rate; // audio sent but not yet understood, at most: little to
 const piece = rate ~/ 4; // audio in one message, at most
 const settleAfter = 4 * frame; // a word's text comes within 0.32 s of its end
 const pause = 3 * frame; // silence wanted on either side of a settled point
-const rollover = 75 * rate; // a session gets slower with every frame: a new one at the next pause
-const stall = Duration(seconds: 20), giveUp = Duration(minutes: 2);
+const rollover = 75 * rate; // a session of stock vLLM gets slower with every frame: a new one at the next pause
+const flatRollover = 600 * rate; // where it does not, as /v1/models then says
+const answer = Duration(seconds: 10), stall = Duration(seconds: 20), giveUp = Duration(minutes: 2);
+// Chinese and Japanese are written without spaces.
+final unspaced = RegExp(
+    r'[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]',
+    unicode: true);
 
 /// The server will not do this, however often it is asked.
 class Refused implements Exception {
@@ -54,6 +59,7 @@ class Word {
 /// What was heard, understood and settled. Positions are samples of the whole input, across all sessions.
 class Timeline {
   int settled = 0, origin = 0, frames = 0, lastText = 0, _first = 0;
+  String spoken = ''; // the last character of the settled text
   List<Word> tail = [];
   Int16List _pcm = Int16List(0);
   final List<double> _levels = [];
@@ -82,6 +88,11 @@ class Timeline {
   /// Book one delta; return the words that are final now.
   List<Word> understand(String text) {
     frames += 1;
+    if (lastText == origin && text.isNotEmpty && spoken.isNotEmpty) {
+      final ends = [spoken, String.fromCharCode(text.runes.first)];
+      final apart = ends.every((c) => c.trim().isNotEmpty && !unspaced.hasMatch(c));
+      if (apart) text = ' $text'; // a later session's first word may come without its space
+    }
     if (text.isNotEmpty) lastText = understood;
     for (final match in RegExp(r'\s*\S+|\s+').allMatches(text)) {
       final part = match[0]!;
@@ -99,27 +110,40 @@ class Timeline {
   List<Word> settle(int point) {
     final words = tail.where((word) => word.at <= point).toList();
     tail = tail.sublist(words.length);
+    if (words.isNotEmpty) spoken = String.fromCharCode(words.last.text.runes.last);
     point = point.clamp(settled, heard).toInt();
     _pcm = _pcm.sublist(point - _first);
     _first = settled = point;
     return words;
   }
 
-  /// Is this silence? Measured against the noise and the speech of the last 30 s.
+  /// Is this silence? Measured against the noise of the last 30 s and the speech around.
   bool _quiet(int from, int to) {
     final recent = _levels.sublist(max(0, _levels.length - 1500))..sort();
     if (recent.isEmpty) return true;
     final floor = recent[recent.length ~/ 10], loud = recent[recent.length * 95 ~/ 100];
-    final limit = [-65.0, loud - 35, floor + min(8, 0.4 * (loud - floor))].reduce(max);
-    final end = min(to ~/ hop, _levels.length), start = min(max(0, (from / hop).ceil()), end);
-    return _levels.getRange(start, end).every((level) => level <= limit);
+    final middle = (from + to) ~/ 2, beside = [_within(from - rate ~/ 2, middle), _within(middle, to + rate ~/ 2)];
+    final voices = [for (final levels in beside) if (levels.isNotEmpty) (levels..sort())[levels.length * 95 ~/ 100]];
+    final voice = voices.fold(0.0, min);
+    final limit = [-65.0, voice - 35, floor + min(8, 0.4 * (loud - floor))].reduce(max);
+    return _within(from, to).every((level) => level <= limit);
+  }
+
+  List<double> _within(int from, int to) {
+    final end = min(max(0, to) ~/ hop, _levels.length), start = min(max(0, (from / hop).ceil()), end);
+    return _levels.sublist(start, end);
   }
 }
 
 /// One transcription over as many sessions as it takes.
 class Transcription {
-  Transcription(this.url, {this.key, this.model, required this.onWord, this.onTail, this.onStatus}) {
-    finished = _run();
+  Transcription(Uri url, {this.key, this.model, required this.onWord, this.onTail, this.onStatus})
+      : url = url.replace(path: url.path.replaceFirst(RegExp(r'/+$'), '')) {
+    finished = _run().whenComplete(() {
+      _over = true;
+      _changed();
+    });
+    finished.ignore(); // whoever awaits it gets the error; the program ends where nobody does yet
   }
 
   final Uri url; // ws://HOST:8000/v1/realtime
@@ -130,7 +154,7 @@ class Transcription {
   late final Future<void> finished;
 
   final _timeline = Timeline();
-  bool _ended = false;
+  bool _ended = false, _over = false;
   int _longest = 0;
   void Function() _pump = () {};
   Completer<void> _change = Completer();
@@ -149,7 +173,7 @@ class Transcription {
 
   /// Wait here before [add] if the audio can wait (a file); a microphone cannot.
   Future<void> room() async {
-    while (_timeline.heard - _timeline.understood > 2 * ahead) {
+    while (!_over && _timeline.heard - _timeline.understood > 2 * ahead) {
       await _change.future;
     }
   }
@@ -161,7 +185,7 @@ class Transcription {
   }
 
   Future<void> _run() async {
-    var failures = 0, since = DateTime.now();
+    var failures = 0, furthest = 0, since = DateTime.now();
     while (true) {
       final before = _timeline.settled;
       while (_timeline.heard <= before && !_ended) {
@@ -174,7 +198,10 @@ class Transcription {
         await _session();
         failures = 0;
       } on Lost catch (lost) {
-        if (_timeline.frames > 0 || lost.busy) failures = 0;
+        final idle = !_ended && _timeline.frames > 0 && _timeline.heard - _timeline.understood < 3 * rate;
+        // What is understood once more is no progress.
+        if (_timeline.understood > furthest || idle || lost.busy) failures = 0;
+        furthest = max(furthest, _timeline.understood);
         if (failures == 0) since = DateTime.now();
         if (DateTime.now().difference(since) > giveUp) throw Lost('gave up: $lost');
         onStatus?.call(lost.busy ? 'all sessions are taken: waiting for a free one' : '$lost; trying again');
@@ -188,17 +215,23 @@ class Transcription {
   /// /v1/models tells a wrong key, the model's name and the longest session.
   Future<void> _ask() async {
     if (model != null && _longest > 0) return;
-    final path = url.path.replaceFirst(RegExp(r'/realtime/?$'), '/models');
-    final http = HttpClient()..connectionTimeout = const Duration(seconds: 10);
+    final path = url.path.replaceFirst(RegExp(r'/realtime$'), '/models');
+    final http = HttpClient()..connectionTimeout = answer;
     try {
       final request = await http.getUrl(url.replace(scheme: url.isScheme('wss') ? 'https' : 'http', path: path));
       _headers.forEach(request.headers.set);
-      final reply = await request.close();
-      if (reply.statusCode == 401) throw Refused('wrong API key (401)');
-      if (reply.statusCode != 200) throw Lost('the server is not well (HTTP ${reply.statusCode})');
-      final served = (jsonDecode(await utf8.decodeStream(reply)) as Map)['data'][0] as Map;
+      final reply = await request.close().timeout(answer);
+      if (reply.statusCode == 401) throw Refused('wrong API key (HTTP 401)');
+      if (reply.statusCode == 403) throw Refused('wrong path (HTTP 403)');
+      if (reply.statusCode >= 500) throw Lost('the server is not well (HTTP ${reply.statusCode})');
+      if (reply.statusCode != 200) throw Refused('$url: no realtime server there (HTTP ${reply.statusCode})');
+      final models = (jsonDecode(await utf8.decodeStream(reply).timeout(answer)) as Map)['data'] as List;
+      final served = models.firstWhere((entry) => entry['id'] == model, orElse: () => models.first) as Map;
       model ??= served['id'] as String;
-      _longest = min(rollover, ((served['max_model_len'] as int?) ?? 4096) * frame ~/ 2);
+      final age = served['voxtral_speed'] == true ? flatRollover : rollover;
+      _longest = min(age, ((served['max_model_len'] as int?) ?? 4096) * frame ~/ 2);
+    } on TimeoutException {
+      throw Lost('$url: no server answers there');
     } on IOException {
       throw Lost('$url: no server answers there');
     } finally {
@@ -210,7 +243,7 @@ class Transcription {
   Future<void> _session() async {
     final timeline = _timeline, over = Completer<void>();
     final channel = IOWebSocketChannel.connect(url,
-        headers: _headers, pingInterval: const Duration(seconds: 20), connectTimeout: const Duration(seconds: 10));
+        headers: _headers, pingInterval: const Duration(seconds: 20), connectTimeout: answer);
     try {
       await channel.ready;
     } on Exception catch (error) {
@@ -264,8 +297,9 @@ class Transcription {
           if (age > _longest && timeline.settled > before) return finish(); // rollover at a pause
           if (age > 1.8 * _longest) return cut(); // no pause: between two words
         case 'transcription.done':
-          if (timeline.frames == 0) return fail(Lost('the server ended the session without a word'));
-          if (!finishing || timeline.understood < timeline.heard + rate ~/ 4) return cut(); // the limit came first
+          final done = finishing && timeline.understood >= timeline.heard + rate ~/ 4;
+          if (!done && timeline.frames < 6) return fail(Lost('the server ended the session at once'));
+          if (!done) return cut(); // the limit came first
           tell(timeline.settle(timeline.understood));
           return finish();
         case 'error':
@@ -276,12 +310,22 @@ class Transcription {
       _changed();
     }
 
-    channel.stream.listen(receive,
+    void take(dynamic message) {
+      try {
+        receive(message);
+      } on Exception catch (error) {
+        fail(error);
+      }
+    }
+
+    channel.stream.listen(take,
         onError: (Object error) => fail(Lost('connection lost ($error)')),
         onDone: () => fail(Lost('connection lost (${channel.closeCode} ${channel.closeReason ?? ''})')));
     final watch = Timer.periodic(const Duration(seconds: 1), (_) {
-      if (sent - timeline.understood < 3 * rate && !finishing) answered = DateTime.now(); // nothing to work on
-      if (DateTime.now().difference(answered) > stall) fail(Lost('no answer for 20 s'));
+      final starved = started && sent - timeline.understood < 3 * rate && !finishing; // nothing to work on
+      if (starved) answered = DateTime.now();
+      final silence = DateTime.now().difference(answered);
+      if (silence > (started ? stall : answer)) fail(Lost('no answer for ${silence.inSeconds} s'));
     });
     try {
       await over.future;

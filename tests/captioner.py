@@ -22,9 +22,11 @@ COLUMNS, LINES = 76, 12
 class Captioner:
     """A running stream_microphone.py. What it prints is collected; on a terminal, what a person sees there."""
 
-    def __init__(self, pulse: Pulse, *arguments: object, terminal: bool = False, **options: object):
+    def __init__(
+        self, pulse: Pulse, *arguments: object, terminal: bool = False, environment: dict | None = None, **options
+    ):
         command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-        environment = pulse.environment | {"TERM": "xterm-256color", "PYTHONWARNINGS": "error"}
+        environment = pulse.environment | {"TERM": "xterm-256color", "PYTHONWARNINGS": "error"} | (environment or {})
         options |= {"env": environment, "stdin": subprocess.DEVNULL}
         self.stdout = self.stderr = self.terminal = None
         if terminal:

@@ -12,12 +12,13 @@ import xml.etree.ElementTree as ElementTree
 
 import pytest
 from conftest import CHECKPOINT, ROOT, free_port, run_script
+from scripted import Scripted
 
 import benchmark
 from voxtral_client.figures import find_limit, holds, spread, summary
 from voxtral_client.load import FRAME, Stream
 from voxtral_client.plot import svg
-from voxtral_client.session import Done, Lost, Server
+from voxtral_client.session import Server
 
 
 class Clock(asyncio.SelectorEventLoop):
@@ -35,39 +36,6 @@ class Clock(asyncio.SelectorEventLoop):
 
     def time(self) -> float:
         return self.now
-
-
-class Scripted:
-    """A server that answers frame k `lag(k)` seconds after the message that completes its audio."""
-
-    def __init__(self, lag, delay_tokens=6, fault=None, block=lambda message: 0.0):
-        self.lag, self.delay, self.fault, self.block = lag, delay_tokens, fault, block
-        self.messages = self.frames = 0
-        self.bytes = bytearray()
-
-    @contextlib.asynccontextmanager
-    async def session(self, model):
-        self.events = asyncio.Queue()
-        yield self
-
-    async def send(self, pcm):
-        self.bytes += pcm
-        self.messages += 1
-        while 1000 * len(self.bytes) / 32 >= 1e3 * (82.5 + 80 * (self.delay + self.frames)):
-            asyncio.get_running_loop().call_later(self.lag(self.frames), self.events.put_nowait, "")
-            self.frames += 1
-        if self.messages == self.fault:
-            self.events.put_nowait(Lost("connection lost (no closing message)"))
-        await asyncio.sleep(self.block(self.messages))
-
-    async def finish(self):
-        asyncio.get_running_loop().call_later(self.lag(self.frames), self.events.put_nowait, Done(33 + self.delay, 0))
-
-    async def receive(self):
-        event = await self.events.get()
-        if isinstance(event, Exception):
-            raise event
-        return event
 
 
 def run(server: Scripted, seconds: float = 20.0, hiccups: float = 0.0) -> tuple[Stream, dict]:

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +24,7 @@ from conftest import CHECKPOINT, ROOT, ServerProcess
 from playwright.async_api import Page, expect
 from proxy import Proxy
 from pulse import Pulse, pulseaudio
+from scripted import Ear, Scripted, ScriptedServer, tones
 from speech import talk, write
 from test_timeline import Model, audio_of
 
@@ -468,3 +471,296 @@ def test_books_agree_with_the_clients(server):
     words = timeline.take()
     assert len(words) > 60
     assert [[w.text, w.start, w.end, w.session] for w in words] == [list(w.values()) for w in result["words"]]
+
+
+# --- what a scripted server shows in seconds ---
+
+# What the page has open: streams of microphones, and recorders that send sound.
+SPY = """{
+  const media = navigator.mediaDevices, real = media.getUserMedia.bind(media);
+  window.streams = [];
+  window.recorded = new Set();
+  media.getUserMedia = async (wish) => {
+    if (window.slow) await new Promise((resolve) => setTimeout(resolve, slow));
+    const stream = await real(wish);
+    streams.push(stream);
+    return stream;
+  };
+  window.live = () => streams.flatMap((stream) => stream.getTracks()).filter((track) => track.readyState === "live");
+  const Node = AudioWorkletNode;
+  let number = 0;
+  window.AudioWorkletNode = class extends Node {
+    constructor(...options) {
+      super(...options);
+      const mine = number++;
+      this.port.addEventListener("message", () => recorded.add(mine));
+    }
+  };
+}"""
+
+
+@asynccontextmanager
+async def spied(server: ScriptedServer, script: str = "", wav: Path | None = None) -> AsyncIterator[Page]:
+    """The page of a scripted server, ready, with SPY in it."""
+    async with browsing(wav) as page:
+        await page.add_init_script(SPY + script)
+        await page.goto(server.page)
+        await expect(page.locator("#state")).to_have_text("ready")
+        yield page
+
+
+async def devices(page: Page) -> list[str]:
+    return await page.evaluate("[...document.querySelector('#device').options].map(option => option.value)")
+
+
+async def settle_down(page: Page) -> list[str]:
+    """Return the microphones that are open once everything asked for has been opened or given up."""
+    await page.wait_for_timeout(1500)
+    return await page.evaluate("live().map(track => track.getSettings().deviceId)")
+
+
+def test_microphone_changed_quickly():
+    """However quickly: one microphone is open, the one chosen last, and one recorder runs."""
+
+    async def run() -> None:
+        async with ScriptedServer() as server, spied(server) as page:
+            await start(page)
+            await expect(page.locator("#state")).to_have_text("connecting")
+            await expect(page.locator("#device option")).to_have_count(3)
+            _, first, second = await devices(page)
+            await page.evaluate("slow = 500")
+            for device in (first, second, first, second):
+                await page.locator("#device").select_option(device)
+            assert await settle_down(page) == [second]
+            await page.evaluate("recorded.clear()")
+            await page.wait_for_timeout(1000)
+            assert await page.evaluate("recorded.size") == 1
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("when", ["first", "changed"])
+def test_stop_while_a_microphone_opens(when):
+    """Neither a microphone nor a recorder is left, and Start works again."""
+
+    async def run() -> None:
+        async with ScriptedServer() as server, spied(server) as page:
+            if when == "first":
+                await page.evaluate("slow = 1000")
+                await start(page)
+            else:
+                await start(page)
+                await expect(page.locator("#device option")).to_have_count(3)
+                await page.evaluate("slow = 1000")
+                await page.locator("#device").select_option((await devices(page))[2])
+            await page.get_by_role("button", name="Stop", exact=True).click()
+            await expect(page.locator("#start")).to_have_text("Start")
+            assert await settle_down(page) == []
+            await page.evaluate("recorded.clear(); slow = 0")
+            await page.wait_for_timeout(500)
+            assert await page.evaluate("recorded.size") == 0
+            await start(page)
+            await expect(page.locator("#start")).to_have_text("Stop")
+            assert len(await settle_down(page)) == 1
+
+    asyncio.run(run())
+
+
+def test_microphone_changed_during_an_outage():
+    """The server is gone: nothing of the page has to be fetched from it any more."""
+
+    async def run() -> None:
+        async with ScriptedServer() as server, Proxy(server.port) as proxy, browsing() as page:
+            await page.goto(address(proxy))
+            await start(page)
+            await expect(page.locator("#state")).to_have_text("listening")
+            proxy.refusing = True
+            proxy.cut()
+            await expect(page.locator("#state")).to_have_text("waiting")
+            level = page.locator("#level")
+            for device in (await devices(page))[1:3]:
+                await page.locator("#device").select_option(device)
+                await page.wait_for_timeout(500)
+                await expect(page.locator("#message")).to_contain_text("trying again")
+                await expect(level).not_to_have_attribute("aria-valuenow", "-60")
+            proxy.refusing = False
+            await expect(page.locator("#state")).to_have_text("listening")
+
+    asyncio.run(run())
+
+
+def test_refused_websocket_is_told_from_a_server_that_is_away():
+    """The guard's 403, behind a proxy that changes Host: a browser shows 1006 for everything."""
+
+    async def run() -> None:
+        async with ScriptedServer(refusal=403) as server, browsing() as page:
+            await page.goto(server.page)
+            await start(page)
+            await expect(page.locator("#message")).to_contain_text("lets this page open no WebSocket")
+            server.refusal = None
+            await expect(page.locator("#state")).to_have_text("listening")
+
+    asyncio.run(run())
+
+
+# What Chromium does to timers of a page that nobody has looked at for five minutes.
+IN_THE_BACKGROUND = """
+  const real = setTimeout;
+  window.setTimeout = (call, ms, ...more) => real(call, Math.max(ms, window.visible ? 0 : 60000), ...more);
+"""
+
+
+def test_page_in_the_background_goes_on(tmp_path):
+    """Its timers wait for a minute; sound does not. The first session breaks."""
+    sound = np.concatenate([tones(12), np.zeros(3 * RATE, np.float32)])
+
+    async def run() -> None:
+        texts = [f" word{number}" for number in range(12)]
+        server = ScriptedServer(lambda: Scripted(speak=Ear(texts)), cuts=[25, 10])
+        async with server, spied(server, IN_THE_BACKGROUND, write(tmp_path / "tones.wav", sound)) as page:
+            await start(page)
+            await expect(page.locator("#settled")).to_contain_text(" ".join(text.strip() for text in texts[:10]))
+            assert len(server.sessions) == 3
+            await page.evaluate("visible = true")
+
+    asyncio.run(run())
+
+
+def test_screen_stays_awake_while_captions_run():
+    locks = """
+      window.locks = [];
+      const request = async (kind) => {
+        const lock = { kind, released: false, release: async () => { lock.released = true; } };
+        locks.push(lock);
+        return lock;
+      };
+      Object.defineProperty(navigator, "wakeLock", { value: { request } });
+    """
+    awake = "locks.filter(lock => !lock.released).map(lock => lock.kind)"
+
+    async def run() -> None:
+        async with ScriptedServer() as server, spied(server, locks) as page:
+            assert await page.evaluate(awake) == []
+            await start(page)
+            await expect(page.locator("#state")).to_have_text("listening")
+            assert await page.evaluate(awake) == ["screen"]
+            await page.evaluate("document.dispatchEvent(new Event('visibilitychange'))")
+            await page.wait_for_timeout(200)
+            assert await page.evaluate(awake) == ["screen"]
+            # A browser releases it when the page is hidden; the page asks again when it is seen again.
+            await page.evaluate("locks[0].released = true; document.dispatchEvent(new Event('visibilitychange'))")
+            await page.wait_for_timeout(200)
+            assert await page.evaluate(awake) == ["screen"]
+            await page.get_by_role("button", name="Stop", exact=True).click()
+            await expect(page.locator("#start")).to_have_text("Start")
+            await page.wait_for_timeout(200)
+            assert await page.evaluate(awake) == []
+
+    asyncio.run(run())
+
+
+def test_each_outage_reports_its_own_loss():
+    """The page keeps five minutes; here a clock that runs ahead brings more in seconds."""
+    # A microphone that speaks a hundred times as fast: each block comes a hundred times.
+    fast = """
+      const Node2 = AudioWorkletNode;
+      window.AudioWorkletNode = class extends Node2 {
+        constructor(...options) {
+          super(...options);
+          const real = this.port;
+          Object.defineProperty(this, "port", { value: {
+            postMessage: (message) => real.postMessage(message),
+            set onmessage(call) {
+              real.onmessage = call && ((event) => {
+                for (let i = window.times ?? 1; i > 0; i--) {
+                  const { samples, level } = event.data;
+                  call({ data: { samples: samples.slice(), level } });
+                }
+              });
+            },
+          } });
+        }
+      };
+    """
+
+    async def lose(page: Page, server: ScriptedServer, beyond: float) -> float:
+        """Let the server be away until so much is lost; return what the page says is lost, in seconds."""
+        server.refusal = 503
+        for connection in list(server._server.connections):
+            connection.transport.abort()
+        await expect(page.locator("#state")).to_have_text("waiting")
+        before = await page.locator("#clock").inner_text()
+        await page.evaluate("times = 150")
+        while seconds(await page.locator("#clock").inner_text()) - seconds(before) < 300 + beyond:
+            await page.wait_for_timeout(50)
+        await page.evaluate("times = 1")
+        await expect(page.locator("#message")).to_contain_text("s of sound are lost")
+        told = await page.locator("#message").inner_text()
+        server.refusal = None
+        await expect(page.locator("#state")).to_have_text("listening")
+        return float(re.search(r"(\d+) s of sound are lost", told)[1])
+
+    def seconds(clock: str) -> int:
+        hours, minutes, rest = map(int, clock.split(":"))
+        return 3600 * hours + 60 * minutes + rest
+
+    async def run() -> None:
+        async with ScriptedServer() as server, spied(server, fast) as page:
+            await start(page)
+            await expect(page.locator("#state")).to_have_text("listening")
+            first = await lose(page, server, 100)
+            await expect(page.locator("#lag")).to_have_text(re.compile(r"^[0-3]\.\d s$"))
+            second = await lose(page, server, 10)
+            assert first >= 95
+            assert second < first
+
+    asyncio.run(run())
+
+
+def test_subtitles_behind_24_hours():
+    script = """async (base) => {
+      const { srt } = await import(base + "subtitles.js");
+      const word = { text: " late", start: 26 * 3600 + 61.5, end: 26 * 3600 + 62.25 };
+      return srt([{ text: " early", start: 0.0004, end: 1.9996 }, word]);
+    }"""
+
+    async def run() -> str:
+        async with ScriptedServer() as server, browsing() as page:
+            await page.goto(server.page)
+            return await page.evaluate(script, server.page)
+
+    first, second = asyncio.run(run()).strip().split("\n\n")
+    assert first.split("\n")[1] == "00:00:00,000 --> 00:00:02,000"
+    assert second.split("\n")[1] == "26:01:01,500 --> 26:01:02,500"
+
+
+def test_content_security_policy():
+    """Nothing that found its way into the page runs, sends a form or loads from elsewhere."""
+    attack = """() => new Promise((resolve) => {
+      const seen = [];
+      document.addEventListener("securitypolicyviolation", (event) => seen.push(event.effectiveDirective));
+      const script = document.createElement("script");
+      script.textContent = "window.attacked = true";
+      const image = new Image();
+      image.src = "https://elsewhere.example/?key";
+      const style = document.createElement("style");
+      const base = document.createElement("base");
+      base.href = "https://elsewhere.example/";
+      document.head.append(script, style, base);
+      fetch("https://elsewhere.example/").catch(() => {});
+      setTimeout(() => resolve([...new Set(seen)].sort()), 500);
+    })"""
+
+    async def run() -> None:
+        async with ScriptedServer() as server, browsing() as page:
+            faults = []
+            page.on("console", lambda message: faults.append(message.text) if message.type == "error" else None)
+            await page.goto(server.page)
+            await start(page)
+            await expect(page.locator("#state")).to_have_text("listening")
+            assert faults == []  # the page itself keeps to it
+            stopped = await page.evaluate(attack)
+            assert stopped == ["base-uri", "connect-src", "img-src", "script-src-elem", "style-src-elem"]
+            assert await page.evaluate("window.attacked") is None
+
+    asyncio.run(run())

@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import resource
+import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +19,7 @@ from captioner import Captioner
 from conftest import ROOT, free_port, run_script
 from proxy import Proxy
 from pulse import Pulse, pulseaudio, until
+from scripted import scripted
 from speech import talk, write
 
 
@@ -179,6 +181,32 @@ def test_suspended_device(server, pulse, speech):
         captioner.interrupt()
         assert captioner.end() == 0
         assert captioner.words == spoken
+
+
+@pytest.mark.parametrize("stopped", ["program", "loop"])
+def test_standing_still_for_some_seconds_is_no_unplugged_device(pulse, speech, stopped, tmp_path):
+    """The whole program stops (a laptop that swaps), or its event loop alone (a terminal with Ctrl+S)."""
+    stall = "import asyncio, time; real = asyncio.Runner.run\n"
+    stall += "async def late(main): asyncio.get_running_loop().call_later(4, time.sleep, 4); return await main\n"
+    stall += "asyncio.Runner.run = lambda self, main, **options: real(self, late(main), **options)\n"
+    (tmp_path / "sitecustomize.py").write_text(stall if stopped == "loop" else "")
+    environment = {"PYTHONPATH": str(tmp_path)}
+    with (
+        scripted() as server,
+        captioning(pulse, "--url", server.url, "--device", "mic", environment=environment) as captioner,
+    ):
+        if stopped == "program":
+            captioner.process.send_signal(signal.SIGSTOP)
+            time.sleep(4)
+            captioner.process.send_signal(signal.SIGCONT)
+        else:
+            time.sleep(8)
+        time.sleep(3)
+        captioner.interrupt()
+        assert captioner.end() == 0
+        assert "gone" not in captioner.stderr
+        heard = re.search(r"0:00:(\d\d) heard", captioner.stderr)
+        assert int(heard[1]) >= 6, captioner.stderr
 
 
 def test_what_a_person_sees_after_a_resume(server, pulse, speech):

@@ -3,6 +3,7 @@
 import itertools
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -46,8 +47,12 @@ def audio_of(lengths: list[tuple[int, int]]) -> tuple[np.ndarray, list[tuple[str
 
 
 def transcribe(lengths, cuts) -> tuple[list, list]:
+    """Run a timeline over noise bursts; a session ends after each of `cuts` deltas. Returns got, wanted."""
+    return follow(*audio_of(lengths), cuts)
+
+
+def follow(samples: np.ndarray, words: list[tuple[str, int, int]], cuts) -> tuple[list, list]:
     """Run a timeline over the audio; a session ends after each of `cuts` deltas. Returns got, wanted."""
-    samples, words = audio_of(lengths)
     timeline, pcm, got, sent = Timeline(), to_pcm16(samples), [], 0
     cuts = list(cuts)
     while True:
@@ -94,6 +99,40 @@ def test_talk_without_a_pause_settles_between_words():
     assert "".join(word.text for word in got).split() == [text for text, _, _ in wanted]
 
 
+@pytest.mark.parametrize("seconds", [0.6, 2.0])
+@pytest.mark.parametrize("sound", ["tone", "noise"])
+@pytest.mark.parametrize("cut", [None, 2.4, 3.3, 4.1, 4.6])
+def test_quiet_talk_after_something_loud(sound, seconds, cut):
+    """A beep or a bang 37 dB above the voice: starts are right all the same, and no word is taken for silence."""
+    time = np.arange(round(seconds * RATE)) / RATE
+    loud = np.sin(2000 * np.pi * time) if sound == "tone" else np.random.default_rng(2).uniform(-1, 1, len(time))
+    samples, words = audio_of([(30, 14), (20, 40), (25, 12), (30, 60)])
+    before = np.concatenate([np.zeros(RATE), 0.9 * loud]) + np.random.default_rng(3).normal(0, 1e-4, RATE + len(time))
+    shifted = [(text, start + len(before), end + len(before)) for text, start, end in words]
+    cuts = [round((cut + seconds) / 0.08)] if cut else []
+    got, wanted = follow(np.concatenate([before, samples * 10 ** (-22 / 20)]), shifted, cuts)
+    assert [word.text.strip() for word in got] == [text for text, _, _ in wanted]
+    for word, (_, start, end) in zip(got, wanted, strict=True):
+        assert abs(word.start - start / RATE) <= 0.2
+        assert abs(word.end - end / RATE) <= 0.2
+
+
+@pytest.mark.parametrize("noise", [-60, -50, -40])
+def test_starts_in_steady_noise(noise):
+    """Voices whose weak sounds, 12 dB below their loud ones, barely rise above it."""
+    _, words = audio_of([(40, 14), (40, 40), (45, 12), (40, 60)])
+    rng, length = np.random.default_rng(4), words[-1][2] + 2 * RATE
+    voice = np.zeros(length)
+    for _, start, end in words:
+        shape = np.where(np.arange(end - start) < 0.7 * (end - start), 10 ** (-12 / 20), 1.0)
+        voice[start:end] = rng.normal(0, 1, end - start) * shape
+    samples = rng.normal(0, 10 ** (noise / 20), length) + voice * 10 ** ((noise + 16) / 20)
+    got, wanted = follow(samples, words, [])
+    for word, (_, start, end) in zip(got, wanted, strict=True):
+        assert abs(word.start - start / RATE) <= 0.2
+        assert abs(word.end - end / RATE) <= 0.2
+
+
 def test_memory_stays_bounded_over_two_hours():
     """Two hours of talk leave no more in the books than a minute of it does."""
     samples, words = audio_of([(20, 40)] * 50)  # one minute
@@ -112,15 +151,30 @@ def test_memory_stays_bounded_over_two_hours():
     assert max(sizes[-10:]) <= 1.5 * max(sizes[1:11])
 
 
-def test_text_in_scripts_without_spaces_gets_none():
+def spoken(sessions: list[list[str]]) -> str:
+    """What becomes of sessions with these texts, each piece followed by a pause that settles it."""
     timeline = Timeline()
-    for _ in range(2):
+    for texts in sessions:
         timeline.begin()
-        timeline.hear(bytes(4 * RATE))
-        for delta in ["", "", "你好", "世界", *[""] * 8]:
-            timeline.understand(delta)
+        timeline.hear(bytes(2 * RATE * len(texts)))
+        for text in texts:
+            for delta in ["", "", text, *[""] * 8]:
+                timeline.understand(delta)
     timeline.finish()
-    assert "".join(word.text for word in timeline.take()) == "你好世界你好世界"
+    return "".join(word.text for word in timeline.take())
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "space"),
+    [
+        *[("你好", "世界", ""), ("です。", "また", ""), ("第", "3章", ""), ("𠮷", "野", ""), ("カ", "ﾀ", "")],
+        *[("안녕", "하세요", " "), ("नमस्ते", "आप", " "), ("hello ", "you", ""), ("🙂", "you", " "), ("¡", "¿qué?", " ")],
+    ],
+)
+def test_space_between_sessions(before, after, space):
+    """Only where one is missing, and only between sessions: within a session, the model's text is what it says."""
+    assert spoken([[before], [after]]) == before + space + after
+    assert spoken([[before, after]]) == before + after
 
 
 def test_live_audio_beyond_the_buffer_is_dropped_and_told():

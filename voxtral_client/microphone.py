@@ -21,6 +21,7 @@ import numpy as np
 from .audio import CHUNK_SECONDS, RATE, AudioError, Resampler
 
 IDLE_SECONDS = 2.0  # no block for so long: the device is gone
+LOOKS = 4  # in so many parts: a program that stood still looks once after it, before the blocks of that time are in
 RETRY_SECONDS = 1.0
 BACKLOG = 300  # blocks that wait while this process is busy: 30 s
 GAP_SECONDS = 3.0  # silence heard in place of a gap: ends the last word, even for a model with 2.4 s delay
@@ -255,12 +256,14 @@ class _Capture:
 
     async def read(self) -> bytes:
         """Return the next piece; b"" where there is none: `gone` then tells whether to go on."""
-        if not self._blocks and not self._over:
+        for _ in range(LOOKS):
+            if self._blocks or self._over:
+                break
             self._more.clear()
-            try:
-                await asyncio.wait_for(self._more.wait(), IDLE_SECONDS)
-            except TimeoutError:
-                self._over = True
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._more.wait(), IDLE_SECONDS / LOOKS)
+        else:
+            self._over = not self._blocks
         return self._convert(self._blocks.popleft()) if self._blocks else b""
 
     def close(self) -> bytes:

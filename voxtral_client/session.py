@@ -24,8 +24,11 @@ from urllib.parse import urlsplit, urlunsplit
 
 import websockets
 
+from .proxies import proxy_for, through
+
 FRAME = 1280  # samples of audio behind one delta: 80 ms at 16 kHz
 DEFAULT_URL = "ws://localhost:8000/v1/realtime"
+ANSWER_SECONDS = 10.0  # for the handshake, for session.created, for /v1/models: a server that is well needs none
 
 
 class Refused(Exception):
@@ -69,7 +72,7 @@ class Server:
             valid = False
         if not valid:
             raise Refused(f"{self.url}: not a server address; write ws://HOST:8000/v1/realtime")
-        path = parts.path if parts.path.strip("/") else "/v1/realtime"
+        path = parts.path.rstrip("/") or "/v1/realtime"
         self.url = urlunsplit((scheme, parts.netloc, path, parts.query, ""))
         if scheme == "wss" and self.tls is None:
             self.tls = ssl.create_default_context()
@@ -80,12 +83,14 @@ class Server:
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     async def models(self) -> list[dict]:
-        """Return what the server serves, as `/v1/models` lists it (`id`, `max_model_len` in tokens).
+        """Return what the server serves, as `/v1/models` lists it.
 
-        Asks only once. Raises Refused (wrong key, not a vLLM server) or Lost (nobody there, not ready).
+        Of each model: `id`; `max_model_len` in tokens, or None; `voxtral_speed`: True where a frame costs the same
+        however long the session is, which stock vLLM does not say. Asks only once. Raises Refused (wrong key,
+        not a vLLM server) or Lost (nobody there, not ready).
         """
         parts = urlsplit(self.url)
-        path = parts.path.removesuffix("/").removesuffix("/realtime") + "/models"
+        path = parts.path.removesuffix("/realtime") + "/models"
         url = urlunsplit((parts.scheme.replace("ws", "http", 1), parts.netloc, path, "", ""))
         self._models = self._models or await asyncio.to_thread(self._get_models, url)
         return self._models
@@ -101,31 +106,55 @@ class Server:
         return known[name]
 
     def _get_models(self, url: str) -> list[dict]:
-        request = urllib.request.Request(url, headers=self.headers)
+        proxy = self._proxy()
         try:
-            with urllib.request.urlopen(request, timeout=10, context=self.tls) as reply:
+            with self._get(url, proxy) as reply:
                 models = json.load(reply)["data"]
-                return [{"id": str(m["id"]), "max_model_len": m.get("max_model_len")} for m in models]
+                return [
+                    {
+                        "id": str(m["id"]),
+                        "max_model_len": m.get("max_model_len"),
+                        "voxtral_speed": m.get("voxtral_speed") is True,
+                    }
+                    for m in models
+                ]
         except urllib.error.HTTPError as error:
-            if error.code >= 500:
-                raise Lost(f"{self.url}: the server is not well (HTTP {error.code})") from None
-            raise self._http_refusal(error.code) from None
+            error.close()
+            raise self._http_refusal(error.code, proxy) from None
         except urllib.error.URLError as error:
             if isinstance(error.reason, ssl.SSLCertVerificationError):
                 raise self._untrusted(error.reason) from None
             if isinstance(error.reason, ssl.SSLError):
                 raise Refused(f"{self.url}: the server does not speak TLS; write ws:// for wss://") from None
-            raise self._absent(error.reason) from None
+            raise self._absent(error.reason, proxy) from None
         except TimeoutError as error:
-            raise self._absent(error) from None
-        except ConnectionError:
+            raise self._absent(error, proxy) from None
+        except ConnectionError as error:
+            if proxy:
+                raise self._absent(error, proxy) from None
             raise Refused(f"{self.url}: the server hung up; if it speaks TLS, write wss:// for ws://") from None
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
             raise self._stranger() from None
 
-    def _absent(self, reason: object) -> Lost:
-        why = getattr(reason, "strerror", None) or reason
-        return Lost(f"{self.url}: no server answers there ({printable(why)}); start ./serve.sh", absent=True)
+    def _get(self, url: str, proxy: str | None) -> http.client.HTTPResponse:
+        """Return the reply to a GET, through `proxy` if there is one. Raises what urllib does."""
+        request = urllib.request.Request(url, headers=self.headers)
+        handlers = [urllib.request.ProxyHandler({request.type: proxy} if proxy else {})]
+        if self.tls:
+            handlers.append(urllib.request.HTTPSHandler(context=self.tls))
+        return urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS)
+
+    def _proxy(self) -> str | None:
+        try:
+            return proxy_for(self.url)
+        except ValueError as error:
+            raise Refused(str(error)) from None
+
+    def _absent(self, reason: object, proxy: str | None) -> Lost:
+        why = printable(getattr(reason, "strerror", None) or reason)
+        if proxy:
+            return Lost(f"{through(self.url, proxy)}: no answer ({why})", absent=True)
+        return Lost(f"{self.url}: no server answers there ({why}); start ./serve.sh", absent=True)
 
     def _untrusted(self, error: ssl.SSLCertVerificationError) -> Refused:
         return Refused(f"{self.url}: certificate not trusted ({error.verify_message}); give it with --cafile FILE")
@@ -133,46 +162,52 @@ class Server:
     def _stranger(self) -> Refused:
         return Refused(f"{self.url}: not a vLLM realtime server")
 
-    def _http_refusal(self, code: int) -> Refused:
-        if code in (401, 403):
-            return Refused(f"{self.url}: wrong API key (HTTP {code}); set VLLM_API_KEY to the server's")
-        return Refused(f"{self.url}: not a vLLM realtime server (HTTP {code})")
+    def _http_refusal(self, code: int, proxy: str | None) -> Refused | Lost:
+        where = through(self.url, proxy)
+        if code >= 500:
+            return Lost(f"{where}: the server is not well (HTTP {code})")
+        if code == 401:
+            return Refused(f"{where}: wrong API key (HTTP 401); set VLLM_API_KEY to the server's")
+        if code == 403:
+            return Refused(f"{where}: wrong path, or an origin that is not let in (HTTP 403); is it /v1/realtime?")
+        if code == 407:
+            return Refused(f"{where}: the proxy asks for a name and a password (HTTP 407)")
+        return Refused(f"{where}: not a vLLM realtime server (HTTP {code})")
 
     @asynccontextmanager
     async def session(self, model: str) -> AsyncIterator["Session"]:
         """Open a session on `model`, ready for audio. Raises Refused or Lost."""
+        proxy = await asyncio.to_thread(self._proxy)
         try:
-            socket = await websockets.connect(
+            connection = await websockets.connect(
                 self.url,
                 additional_headers=self.headers,
                 ssl=self.tls,
                 max_size=None,  # `done` repeats the whole text
                 compression=None,  # base64 of sound hardly shrinks, and deflating costs both sides time
                 close_timeout=1,
-                open_timeout=10,
+                open_timeout=ANSWER_SECONDS,
+                proxy=proxy,
             )
-        except websockets.InvalidStatus as error:
-            code = error.response.status_code
-            if code >= 500:
-                raise Lost(f"{self.url}: the server is not well (HTTP {code})") from None
-            raise self._http_refusal(code) from None
+        except (websockets.InvalidStatus, websockets.InvalidProxyStatus) as error:
+            raise self._http_refusal(error.response.status_code, proxy) from None
         except (websockets.InvalidHandshake, websockets.InvalidMessage):
-            raise Lost(f"{self.url}: the handshake broke off") from None
+            raise Lost(f"{through(self.url, proxy)}: the handshake broke off") from None
         except ssl.SSLCertVerificationError as error:
             raise self._untrusted(error) from None
         except (OSError, TimeoutError) as error:
-            raise self._absent(error) from None
+            raise self._absent(error, proxy) from None
         try:
-            session = Session(socket)
+            session = Session(connection)
             await session.start(model)
             yield session
         finally:
             # Aborting beats the closing handshake when the other side has gone silent.
             try:
                 async with asyncio.timeout(2):
-                    await socket.close()
+                    await connection.close()
             except (TimeoutError, OSError):
-                socket.transport.abort()
+                connection.transport.abort()
 
 
 @dataclass
@@ -191,7 +226,13 @@ class Session:
 
     async def start(self, model: str) -> None:
         """Choose the model and start the transcription. Raises Refused or Lost."""
-        created = await self._receive()
+        try:
+            async with asyncio.timeout(ANSWER_SECONDS):
+                created = await self._receive()
+        except TimeoutError:
+            raise Lost(f"the server did not greet within {ANSWER_SECONDS:.0f} s") from None
+        if created.get("type") == "error":
+            raise self._error(created)
         if created.get("type") != "session.created":
             raise Refused("not a vLLM realtime server: no session.created")
         await self._send("session.update", model=model)

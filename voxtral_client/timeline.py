@@ -16,7 +16,7 @@ speak of everything before it. A new session that starts there hears whole words
 """
 
 import itertools
-import unicodedata
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -30,8 +30,13 @@ SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, th
 PAUSE = 3 * FRAME  # silence wanted on either side of a settled point
 MAX_TAIL = 30 * RATE  # so much unsettled audio without a pause is settled between two words
 UNANSWERED_SECONDS = 1.5  # sound without a word that may be a cough; more of it is not settled unasked
+NEAR = RATE // 2  # so far beside a pause, or before a word's end, what is loud is the voice
 MAX_WORD = 2 * RATE  # longest word considered when its start is looked for
 FLOOR_DB = -65.0  # below this everything is silence: the noise of a quiet microphone
+# Chinese and Japanese are written without spaces; Korean, whose characters are as wide, is not.
+UNSPACED = re.compile(
+    "[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
+)
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,11 @@ class Timeline:
         self.session = 0  # number of the current session
         self.tail: list[Word] = []  # words after `settled`: a new session would replace them
         self._final: list[Word] = []  # settled words not yet taken
-        self._spoken = False  # any text settled yet?
+        self._spoken = ""  # the last character of the settled text
         self._pcm, self._pcm_start = bytearray(), 0
         self._levels: list[float] = []
         self._levels_start = 0  # position of the first level reading
-        self._threshold, self._threshold_at = FLOOR_DB, -RATE
+        self._floor, self._edge, self._noise_at = FLOOR_DB, FLOOR_DB, -RATE
         self._last_end = 0  # end of the last settled word
         self._origin = self._frames = 0
         self._last_text = 0  # position of the last delta with text
@@ -170,7 +175,7 @@ class Timeline:
     def unanswered(self) -> float:
         """Seconds of sound above the noise, understood without a word since the last word."""
         start = self._answered
-        return float((self._readings(start, self.understood) > self._noise()).sum()) * HOP / RATE
+        return float((self._readings(start, self.understood) > self._noise((0, self.heard))).sum()) * HOP / RATE
 
     def wordless(self) -> float:
         """Seconds of audio, silent or not, since the last word."""
@@ -191,7 +196,7 @@ class Timeline:
         """Make `point` the settled point and the first `words` of the tail final."""
         if words:
             self._final += self.tail[:words]
-            self._spoken, self._last_end = True, _samples(self.tail[words - 1].end)
+            self._spoken, self._last_end = self.tail[words - 1].text[-1], _samples(self.tail[words - 1].end)
             del self.tail[:words]
         self.settled = point
         if self._rut and point >= self._rut[1]:
@@ -205,12 +210,12 @@ class Timeline:
 
     def _add(self, text: str, blank_before: bool) -> None:
         """Append text of the frame just understood to the tail, as words."""
+        if self._last_text == self._origin and self._spoken and _apart(self._spoken, text[0]):
+            text = " " + text  # the first word of a later session may come without its space
         for i, piece in enumerate(_split(text)):
             last = self.tail[-1].text if self.tail else ""
             fresh = not last or piece[0].isspace() or last[-1].isspace()
             if fresh or i or (blank_before and piece[0].isalnum()):
-                if not self.tail and self._spoken and not piece[0].isspace() and not _wide(piece[0]):
-                    piece = " " + piece  # the first word of a later session
                 start, end = self._locate(self.understood - FRAME)
                 self.tail.append(Word(piece, start / RATE, end / RATE, self.session))
             else:
@@ -225,7 +230,7 @@ class Timeline:
         """
         earliest = max(_samples(self.tail[-1].end) if self.tail else self._last_end, self._origin)
         first = -(-max(earliest, spoken - MAX_WORD, self._levels_start) // HOP) * HOP
-        loud = self._readings(first, spoken + 2 * FRAME) > self._noise()
+        loud = self._readings(first, spoken + 2 * FRAME) > self._noise((spoken - NEAR, spoken), edge=True)
         expected = (spoken - FRAME // 2 - first) // HOP  # index of the reading behind the word's end
         falls = np.flatnonzero(loud[:-1] & ~loud[1:]) + 1
         falls = falls[abs(falls - expected) <= 2 * FRAME // HOP]
@@ -245,7 +250,9 @@ class Timeline:
 
     def _quiet(self, start: int, end: int) -> bool:
         """Is all audio within [start, end) silent? The future beyond `heard` counts as silent."""
-        return bool((self._readings(start, end) <= self._noise()).all())
+        middle = (start + end) // 2
+        noise = self._noise((start - NEAR, middle), (middle, end + NEAR))
+        return bool((self._readings(start, end) <= noise).all())
 
     def _quietest(self, start: int, end: int) -> tuple[float, int]:
         """Return level and position of the quietest reading within [start, end)."""
@@ -255,18 +262,23 @@ class Timeline:
         quietest = int(readings.argmin())
         return float(readings[quietest]), -(-start // HOP) * HOP + quietest * HOP
 
-    def _noise(self) -> float:
-        """Level in dB under which sound counts as silence, from the last 30 s heard.
+    def _noise(self, *voices: tuple[int, int], edge: bool = False) -> float:
+        """Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`.
 
-        Up to 8 dB over the noise floor, less where speech barely rises above it; never more than
-        35 dB under the loud parts, where only breath is.
+        Up to 8 dB over the noise floor, less where speech barely rises above it; never more than 35 dB under the loud
+        parts of the quietest span, where only breath is. What was loud elsewhere, a tone for one, does not count.
+        `edge`: for where a word begins and ends. In steady noise that is nearer to the floor.
         """
-        if self.heard - self._threshold_at >= RATE // 2:
-            self._threshold_at = self.heard
+        if self.heard - self._noise_at >= RATE // 2:
+            self._noise_at = self.heard
             recent = self._levels[-30 * RATE // HOP :]
-            floor, loud = np.percentile(recent, (10, 95)) if recent else (FLOOR_DB, FLOOR_DB)
-            self._threshold = max(FLOOR_DB, loud - 35, floor + min(8, 0.4 * (loud - floor)))
-        return self._threshold
+            lowest, floor, loud = np.percentile(recent, (2, 10, 95)) if recent else [FLOOR_DB] * 3
+            rise = min(8, 0.4 * (loud - floor))
+            self._floor = max(FLOOR_DB, floor + rise)
+            self._edge = max(FLOOR_DB, floor + min(rise, 2 + 6 * (floor - lowest)))
+        readings = [self._readings(max(start, self.heard - 30 * RATE), end) for start, end in voices]
+        loud = min((float(np.percentile(span, 95)) for span in readings if len(span)), default=FLOOR_DB)
+        return max(self._edge if edge else self._floor, loud - 35)
 
 
 def _samples(seconds: float) -> int:
@@ -283,6 +295,6 @@ def _split(text: str) -> list[str]:
     return pieces
 
 
-def _wide(c: str) -> bool:
-    """Is this a character of a script that is written without spaces?"""
-    return unicodedata.east_asian_width(c) in "WF"
+def _apart(before: str, after: str) -> bool:
+    """Is a space missing between these two characters of different words?"""
+    return not (before.isspace() or after.isspace() or UNSPACED.match(before) or UNSPACED.match(after))

@@ -8,7 +8,7 @@
         |  +-----------------+    |
         |                         |  connection lost, server error
         |      after a wait       v
-        +--------------------- WAITING ----> GaveUp  (nothing achieved for `give_up_after` s)
+        +--------------------- WAITING ----> GaveUp  (nothing new understood for `give_up_after` s)
                                              Refused (trying again is useless)
 
 Every arrow into CONNECTING goes on from the settled point of the `Timeline`: audio from there on
@@ -26,7 +26,8 @@ from .timeline import UNANSWERED_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
 PIECE = RATE // 4  # audio in one message at most
-ROLLOVER_SECONDS = 75.0  # a session costs more with every frame (measured: README, "Long recordings")
+ROLLOVER_SECONDS = 75.0  # on a stock server a frame costs more with every frame before it (README, "Long sessions")
+FLAT_ROLLOVER_SECONDS = 600.0  # where it does not: eight sessions of that length still fit beside each other on 12 GB
 STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
 RUT_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
 RUT_MAX_SECONDS = 80.0  # music and noise are examined less and less often; three times this must fit KEEP
@@ -70,8 +71,9 @@ class Transcriber:
     ):
         """All times in seconds. `session_limit`: longest session in place of the server's own.
 
-        `rollover_after` (default: ROLLOVER_SECONDS, or half the limit if that is less) is the age
-        at which a session ends at the next pause; at four times that it ends without one.
+        `rollover_after` (default: ROLLOVER_SECONDS, on a server whose frames all cost the same FLAT_ROLLOVER_SECONDS,
+        or half the limit if that is less) is the age at which a session ends at the next pause; at four times that, or
+        at the limit, it ends without one.
         `numbers` gives the sessions their numbers. `impatient`: raise Lost where the first session
         of all is refused because the server is busy, in place of waiting.
         """
@@ -96,6 +98,9 @@ class Transcriber:
         self._model, tokens = model["id"], model["max_model_len"]
         if self._session_limit is None:
             self._session_limit = max(tokens - PROMPT_TOKENS, tokens // 2) * FRAME / RATE if tokens else 2400.0
+        if self._rollover_after is None:
+            longest = FLAT_ROLLOVER_SECONDS if model["voxtral_speed"] else ROLLOVER_SECONDS
+            self._rollover_after = min(longest, self._session_limit / 2)
 
     @property
     def prompt_tokens(self) -> int:
@@ -126,7 +131,7 @@ class Transcriber:
     async def _sessions(self) -> AsyncIterator[Word]:
         """Run one session after the other until the input is understood."""
         timeline, clock = self.timeline, asyncio.get_running_loop().time
-        achieved, failures = clock(), 0
+        since, failures, furthest = clock(), 0, 0
         while await self._audio_there():
             self._sent = timeline.begin()
             self.sessions += 1
@@ -138,7 +143,8 @@ class Transcriber:
                     feeding = asyncio.create_task(self._feed(session))
                     try:
                         while await self._step(session):
-                            achieved, failures = clock(), 0
+                            if feeding.done():
+                                feeding.result()  # raises: a fault of ours is no silence of the server
                             for word in timeline.take():
                                 yield word
                     finally:
@@ -146,6 +152,8 @@ class Transcriber:
                         await asyncio.gather(feeding, return_exceptions=True)
             except Lost as error:
                 trouble = error
+            if timeline.understood > furthest or self._idle():  # what is understood once more is no progress
+                failures, furthest = 0, max(furthest, timeline.understood)
             for word in timeline.take():
                 yield word
             if trouble is None:
@@ -153,11 +161,12 @@ class Transcriber:
             elif trouble.busy:  # the server is well: waiting for a slot is no failure
                 if self._impatient and self.sessions == 1:
                     raise trouble
-                achieved = clock()
+                failures = 0
                 self._notify("WAITING", "all sessions of the server are taken: waiting for a free one")
                 await asyncio.sleep(random.uniform(1, 3))
             else:
-                if clock() - achieved > self._give_up_after:
+                since = since if failures else clock()
+                if clock() - since > self._give_up_after:
                     raise GaveUp(f"gave up after {self._give_up_after:.0f} s: {trouble}")
                 self._notify("WAITING", f"{trouble}; trying again")
                 failures += 1
@@ -176,7 +185,7 @@ class Transcriber:
             if self._sent - timeline.understood < MAX_DELAY and not self._ended:
                 self._last_delta = clock()  # the server has nothing to work on
             if clock() - self._last_delta > self._stall_after:
-                raise Lost(f"no answer for {self._stall_after:.0f} s") from None
+                raise Lost(f"no answer for {self._stall_after:g} s") from None
         if timeline.understood < timeline.settled:
             return False  # the audio it is working on was dropped
         if delta is None:
@@ -198,10 +207,9 @@ class Transcriber:
             return True
         if self._ended and self._sent >= timeline.heard:
             return False  # a few frames more, and all is done
-        rollover = self._rollover_after or min(ROLLOVER_SECONDS, self._session_limit / 2)
-        if age > rollover and timeline.settled > settled_before:
+        if age > self._rollover_after and timeline.settled > settled_before:
             return True
-        if age > 4 * rollover:  # talk without a pause, or music under it
+        if age > 4 * self._rollover_after:  # talk without a pause, or music under it
             timeline.settle_between_words()
             return True
         self._patience = self._rut_after if delta else self._patience
@@ -223,7 +231,10 @@ class Transcriber:
         if self._ended and self.timeline.understood >= self.timeline.heard + FLUSH:
             self.timeline.finish()
         else:
+            settled = self.timeline.settled
             self.timeline.settle_between_words()  # the server's limit came first
+            if self.timeline.settled == settled:
+                raise Lost("the server ended the session before a word could settle")
         return False
 
     async def _hear(self, chunks: AsyncIterator[bytes]) -> None:
@@ -263,6 +274,11 @@ class Transcriber:
         while self.timeline.heard <= self.timeline.settled and not self._ended:
             await self._wait()
         return self.timeline.heard > self.timeline.settled
+
+    def _idle(self) -> bool:
+        """Has the session spoken, and has it nothing left to work on because the input pauses?"""
+        timeline = self.timeline
+        return not self._ended and timeline.session_length > 0 and timeline.heard - timeline.understood < MAX_DELAY
 
     async def _wait(self) -> None:
         self._more.clear()

@@ -21,14 +21,19 @@ from .upload import MAX_MEGABYTES, Uploads
 
 FOLDER = "VOXTRAL_CAPTIONS"  # variable that names the folder with the page; serve.sh sets it
 
+HEADERS = {
+    "Cache-Control": "no-cache",  # with the ETag: 304 where nothing has changed
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+}
+
 
 class Page(StaticFiles):
     """Static files that a browser asks for anew: a page half from before an update would not work."""
 
     async def get_response(self, path: str, scope: Scope) -> Any:
         response = await super().get_response(path, scope)
-        response.headers["Cache-Control"] = "no-cache"  # with the ETag: 304 where nothing has changed
-        response.headers["Content-Security-Policy"] = "default-src 'self'; frame-ancestors 'none'"
+        response.headers.update(HEADERS)
         return response
 
 

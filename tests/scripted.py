@@ -1,0 +1,257 @@
+"""A realtime server whose every move is decided by a test: it has no model, and its faults cost no time.
+
+`Scripted` is one session: it answers audio with deltas as vLLM does, and what they say is up to a `speak`.
+`ScriptedServer` speaks vLLM's protocol for it over WebSockets, and serves `captions/` as serve.sh does.
+"""
+
+import asyncio
+import base64
+import contextlib
+import importlib.util
+import json
+import mimetypes
+import threading
+from collections.abc import Callable, Iterator
+
+import numpy as np
+import websockets
+from conftest import ROOT
+from websockets.datastructures import Headers
+from websockets.http11 import Request, Response
+
+from voxtral_client.audio import RATE
+from voxtral_client.session import FRAME, Done, Lost
+
+FLUSH = 10  # deltas that follow the end of the audio
+
+
+class Scripted:
+    """A session that answers frame k `lag(k)` seconds after the message that completes its audio.
+
+    `speak(pcm, k)` is the text of delta k, with the audio so far. `fault`: the message at which the connection breaks.
+    `block(message)`: how long the server does not read after it. `limit`: the session ends with so many deltas.
+    """
+
+    def __init__(
+        self,
+        lag: Callable[[int], float] = lambda k: 0.0,
+        delay_tokens: int = 6,
+        fault: int | None = None,
+        block: Callable[[int], float] = lambda message: 0.0,
+        speak: Callable[[bytes, int], str] = lambda pcm, k: "",
+        limit: int | None = None,
+    ):
+        self.limit = limit
+        self.lag, self.delay, self.fault, self.block, self.speak = lag, delay_tokens, fault, block, speak
+        self.messages = self.frames = 0
+        self.bytes = bytearray()
+        self.events: asyncio.Queue = asyncio.Queue()
+
+    @contextlib.asynccontextmanager
+    async def session(self, model):
+        self.events = asyncio.Queue()
+        yield self
+
+    async def send(self, pcm):
+        self.bytes += pcm
+        self.messages += 1
+        while 1000 * len(self.bytes) / 32 >= 1e3 * (82.5 + 80 * (self.delay + self.frames)) and not self._over:
+            self._say(self._next())
+            if self._over:
+                self._say(Done(33 + self.delay, self.frames))
+        if self.messages == self.fault:
+            self.events.put_nowait(Lost("connection lost (no closing message)"))
+        await asyncio.sleep(self.block(self.messages))
+
+    async def finish(self):
+        last = -(-len(self.bytes) // (2 * FRAME)) + FLUSH
+        self._say(*[self._next() for _ in range(last - self.frames)], Done(33 + self.delay, last))
+
+    async def receive(self):
+        event = await self.events.get()
+        if isinstance(event, Exception):
+            raise event
+        return event
+
+    @property
+    def _over(self) -> bool:
+        return self.limit is not None and self.frames >= self.limit
+
+    def _next(self) -> str:
+        self.frames += 1
+        return self.speak(self.bytes, self.frames - 1)
+
+    def _say(self, *events: object) -> None:
+        lag = self.lag(self.frames - 1)
+        for event in events if lag == 0 else ():
+            self.events.put_nowait(event)
+        if lag > 0:
+            asyncio.get_running_loop().call_later(lag, lambda: [self.events.put_nowait(event) for event in events])
+
+
+class Ear:
+    """Recognizes the words of `tones`, for `Scripted.speak`; a word of which it hears only the end is "?".
+
+    A word's text begins in the frame behind its end, three characters a frame. `bare`: a session's first word comes
+    without its space.
+    """
+
+    def __init__(self, texts: list[str], bare: bool = False):
+        self._texts, self._bare, self._queue, self._begin = texts, bare, "", None
+
+    def __call__(self, pcm: bytes, k: int) -> str:
+        samples = np.frombuffer(bytes(pcm[2 * k * FRAME : 2 * (k + 1) * FRAME]), "<i2")
+        hops = np.abs(samples[: len(samples) // 320 * 320].reshape(-1, 320)).max(axis=1) > 1000
+        for number, loud in enumerate(hops):
+            at = k * FRAME + number * 320
+            if loud and self._begin is None:
+                self._begin = at
+            elif not loud and self._begin is not None:
+                self._queue += self._word(pcm, self._begin, at)
+                self._begin, self._bare = None, False
+        said, self._queue = self._queue[:3], self._queue[3:]
+        return said
+
+    def _word(self, pcm: bytes, begin: int, end: int) -> str:
+        sound = np.frombuffer(bytes(pcm[2 * begin : 2 * end]), "<i2").astype(float)
+        pitch = np.abs(np.fft.rfft(sound, RATE)).argmax()  # in Hz
+        number = round((pitch - 300) / 40)
+        if end - begin < 0.9 * TONE or number >= len(self._texts):
+            return " ?"
+        return self._texts[number].lstrip() if self._bare else self._texts[number]
+
+
+TONE = round(0.4 * RATE)
+
+
+def tones(count: int, gap: float = 0.6, lead: float = 0.5) -> np.ndarray:
+    """Speak the words number 0 to `count` - 1: a tone of 0.4 s each, with `gap` seconds of silence behind it."""
+    time = np.arange(TONE) / RATE
+    parts = [np.zeros(round(lead * RATE))]
+    for number in range(count):
+        parts += [0.2 * np.sin(2 * np.pi * (300 + 40 * number) * time), np.zeros(round(gap * RATE))]
+    samples = np.concatenate(parts)
+    return (samples + np.random.default_rng(0).normal(0, 1e-4, len(samples))).astype(np.float32)
+
+
+class ScriptedServer:
+    """vLLM's `/v1/realtime`, `/v1/models` and `/captions/` on a loopback port, doing as it is told.
+
+    `make()` returns the Scripted of the next session. `entry`: more fields of the model's entry. `key`: asked for.
+    `refusal`: HTTP status of every WebSocket handshake. `greets`: does session.created come? `answers`: does anything
+    else? `garbles`: is it no JSON? `cuts`: after so many deltas each session's connection is reset, the later ones run
+    on. All may be changed while it runs. `sessions`: those so far. `paths`: what was asked for by HTTP.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Scripted] = Scripted,
+        *,
+        entry: dict | None = None,
+        key: str = "",
+        refusal: int | None = None,
+        greets: bool = True,
+        answers: bool = True,
+        garbles: bool = False,
+        cuts: list[int] = (),
+    ):
+        self.make, self.entry, self.key, self.refusal = make, entry or {}, key, refusal
+        self.greets, self.answers, self.garbles, self.cuts = greets, answers, garbles, list(cuts)
+        self.sessions: list[Scripted] = []
+        self.paths: list[str] = []
+
+    async def __aenter__(self) -> "ScriptedServer":
+        self._server = await websockets.serve(self._serve, "127.0.0.1", 0, process_request=self._http, max_size=None)
+        self.port = self._server.sockets[0].getsockname()[1]
+        self.url = f"ws://127.0.0.1:{self.port}/v1/realtime"
+        self.page = f"http://127.0.0.1:{self.port}/captions/"
+        return self
+
+    async def __aexit__(self, *exception: object) -> None:
+        for connection in self._server.connections:
+            connection.transport.abort()
+        self._server.close()
+
+    def _http(self, connection: websockets.ServerConnection, request: Request) -> Response | None:
+        self.paths.append(request.path)
+        offered = request.headers.get("Sec-WebSocket-Protocol", "")
+        keys = (f"Bearer {self.key}", f"voxtral, key.{self.key.encode().hex()}")
+        path, _, _ = request.path.partition("?")
+        if path.startswith("/captions/"):
+            return page(path.removeprefix("/captions/") or "index.html")
+        if self.key and request.headers.get("Authorization", offered) not in keys:
+            return reply(401, b"{}")
+        if path == "/v1/models":
+            models = {"data": [{"id": "scripted", "max_model_len": 32768} | self.entry]}
+            return reply(200, json.dumps(models).encode())
+        if path != "/v1/realtime":
+            return reply(403, b"")
+        return reply(self.refusal, b"") if self.refusal else None
+
+    async def _serve(self, socket: websockets.ServerConnection) -> None:
+        session, cut = self.make(), self.cuts.pop(0) if self.cuts else None
+        self.sessions.append(session)
+        if self.greets:
+            await socket.send(json.dumps({"type": "session.created", "id": "sess-1", "created": 1}))
+        telling = asyncio.create_task(self._tell(socket, session, cut))
+        with contextlib.suppress(websockets.ConnectionClosed):
+            async for message in socket:
+                event = json.loads(message)
+                if event["type"] == "input_audio_buffer.append" and self.answers:
+                    await session.send(base64.b64decode(event["audio"]))
+                elif event.get("final") and self.answers:
+                    await session.finish()
+        telling.cancel()
+        await asyncio.gather(telling, return_exceptions=True)
+
+    async def _tell(self, socket: websockets.ServerConnection, session: Scripted, cut: int | None) -> None:
+        told = 0
+        while cut is None or told < cut:
+            match await session.receive():
+                case Done(prompt, completion):
+                    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
+                    event = {"type": "transcription.done", "text": "", "usage": usage}
+                case str(text):
+                    event = {"type": "transcription.delta", "delta": text}
+                    told += 1
+            with contextlib.suppress(websockets.ConnectionClosed):
+                await socket.send("{" if self.garbles else json.dumps(event))
+        socket.transport.abort()
+
+
+def reply(status: int, body: bytes, kind: str = "application/json", **more: str) -> Response:
+    headers = {"Content-Type": kind, "Content-Length": str(len(body)), "Connection": "close"} | more
+    return Response(status, "", Headers(headers), body)
+
+
+def page(name: str) -> Response:
+    """A file of captions/, with the headers that vllm_plugin/voxtral_web/page.py gives it."""
+    spec = importlib.util.spec_from_file_location("page", ROOT / "vllm_plugin" / "voxtral_web" / "page.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    path = ROOT / "captions" / name
+    if not path.is_file():
+        return reply(404, b"")
+    return reply(200, path.read_bytes(), mimetypes.guess_type(name)[0] or "", **module.HEADERS)
+
+
+@contextlib.contextmanager
+def scripted(*arguments: object, **options: object) -> Iterator[ScriptedServer]:
+    """A ScriptedServer in a thread of its own, for clients that are processes."""
+    ready, loop, over, servers = threading.Event(), asyncio.new_event_loop(), asyncio.Event(), []
+
+    async def serve() -> None:
+        async with ScriptedServer(*arguments, **options) as server:
+            servers.append(server)
+            ready.set()
+            await over.wait()
+
+    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
+    thread.start()
+    ready.wait()
+    try:
+        yield servers[0]
+    finally:
+        loop.call_soon_threadsafe(over.set)
+        thread.join()
+        loop.close()
