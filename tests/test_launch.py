@@ -9,12 +9,14 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINT, ROOT, free_port
-from hub import COMMIT, REPOSITORY, TOKEN, Hub
+from hub import COMMIT, REPOSITORY, TOKEN, WITHOUT_XET_SERVER, XET_HASH, Hub
 
 from launch.fit import Plan
 
@@ -109,7 +111,9 @@ def test_stopped_by_ctrl_c(launch, hub, large, tmp_path):
     hub.hold = 25 * MB
     process = launch(wait=False)
     assert hub.holding.wait(60)
-    while not any(file.stat().st_size > 20 * MB for file in tmp_path.rglob("*.incomplete")):
+    deadline = time.monotonic() + 60
+    while not any(file.stat().st_size > 20 * MB for file in tmp_path.rglob("voxtral-partial/*")):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -133,6 +137,67 @@ def test_damage_on_the_way_and_on_disk(launch, hub, large):
         assert weights.read_bytes() == large
 
 
+def test_damaged_file_stays_until_the_new_one_is_there(launch, hub, large):
+    weights = folder(launch()) / "consolidated.safetensors"
+    spoiled = b"\0" + large[1:]
+    weights.resolve().write_bytes(spoiled)
+    refused(launch(HF_HUB_OFFLINE="1"), str(weights), "damaged", "HF_HUB_OFFLINE")
+    hub.cuts = [0] * 100
+    refused(launch(), "broke off")
+    assert weights.read_bytes() == spoiled
+    hub.cuts = []
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+
+
+@pytest.fixture
+def with_xet(hub, tmp_path) -> dict[str, str]:
+    """Variables with which the library downloads by Xet, and stores as it does then."""
+    hub.xet = True
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(WITHOUT_XET_SERVER)
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+def test_file_that_repositories_share(launch, hub, large, tmp_path, with_xet):
+    """Stored by Xet, a blob is a link to a file whose name is no sha256: whole all the same, and not ours to change."""
+    weights = folder(launch(**with_xet)) / "consolidated.safetensors"
+    shared = tmp_path / "hf/hub/blobs" / XET_HASH[:2] / XET_HASH
+    assert weights.resolve() == shared
+    hub.asked.clear()
+    again = launch(XDG_CACHE_HOME=str(tmp_path / "other"))  # as if another program had downloaded it
+    assert (folder(again), again.stderr, hub.asked) == (weights.parent, "", [])
+
+    spoiled = b"\0" + large[1:]
+    shared.chmod(0o600)
+    shared.write_bytes(spoiled)
+    result = launch(**with_xet)
+    assert "damaged: downloading it again" in result.stderr
+    assert (folder(result) / "consolidated.safetensors").read_bytes() == large
+    assert shared.read_bytes() == spoiled
+
+
+def test_xet_that_fails(launch, hub, large, tmp_path):
+    """Plain HTTP comes in its place, and goes on where it broke off; nothing of it is left then."""
+    hub.xet, hub.cuts = True, [25 * MB] + [0] * 100
+    result = launch()
+    refused(result, "0.02 of 0.03 GB", "run this again")
+    assert "Xet's download failed" in result.stderr
+    hub.cuts, hub.sent = [], 0
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+    assert hub.sent < LARGE - 20 * MB
+    assert not list(tmp_path.rglob("voxtral-partial"))
+
+
+def test_hashed_once(launch, hub, tmp_path):
+    """A large file is read through once, after its download, and not at the next start."""
+    (tmp_path / "site").mkdir()
+    counting = "import hashlib, sys\nreal = hashlib.file_digest\n"
+    counting += "hashlib.file_digest = lambda *a: (print('HASHED', file=sys.stderr), real(*a))[1]\n"
+    (tmp_path / "site/sitecustomize.py").write_text(counting)
+    runs = [launch(PYTHONPATH=str(tmp_path / "site")).stderr.count("HASHED") for _ in range(2)]
+    assert runs == [1, 0]
+
+
 def test_refusals_of_the_hub(launch, hub):
     hub.gated = True
     refused(launch(), f"{hub.url}/{REPOSITORY}", "agree to its terms", "HF_TOKEN")
@@ -154,9 +219,34 @@ def test_repository_without_one_of_the_files(launch, hub):
     refused(launch(), "no params.json", "Mistral's format")
 
 
-def test_no_network(launch):
-    refused(launch(HF_ENDPOINT=f"http://127.0.0.1:{free_port()}"), "cannot be reached", "first start needs the network")
+def test_no_network(launch, tmp_path):
+    """The cause is said, and what can be done."""
+    closed = f"http://127.0.0.1:{free_port()}"
+    no_proxy = dict.fromkeys(("no_proxy", "NO_PROXY", "HTTP_PROXY", "http_proxy"), "")
+    refused(launch(HF_ENDPOINT=closed), "refuses the connection", "first start needs the network")
+    refused(launch(HF_ENDPOINT="http://hub.invalid", **no_proxy), "hub.invalid is not found by DNS")
+    proxy = launch(HF_ENDPOINT="http://hub.invalid", **no_proxy | {"http_proxy": closed.replace("//", "//me:secret@")})
+    refused(proxy, "HTTP_PROXY", "refuses the connection")
+    assert "secret" not in proxy.stderr
+    make_certificate(tmp_path / "hub")
+    with tls_server(tmp_path / "hub") as port:
+        refused(launch(HF_ENDPOINT=f"https://localhost:{port}"), "certificate is not trusted", "SSL_CERT_FILE")
     refused(launch(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
+
+
+@contextlib.contextmanager
+def tls_server(folder: Path):
+    """Answers no request, but shows its certificate; yields the port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *_: None
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
 
 
 def test_not_enough_disk(launch, hub, tmp_path):
