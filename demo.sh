@@ -8,8 +8,11 @@ case ${1:-} in
   ?*) echo "error: unknown option $1; ./demo.sh takes none" >&2; exit 2 ;;
 esac
 
-[ -x .venv/bin/vllm ] || ./setup.sh --cpu
-python=.venv/bin/python
+VOXTRAL_VENV=$(scripts/cpu-venv)
+export VOXTRAL_VENV
+export CUDA_VISIBLE_DEVICES= # on the CPU, whatever else is here
+./setup.sh --is-current 2> /dev/null || ./setup.sh --cpu
+python=$VOXTRAL_VENV/bin/python
 port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 log=$(mktemp)
 sample=tests/tiny_checkpoint/sample

@@ -20,7 +20,8 @@
 #   GPU_MEMORY_UTILIZATION=0.90   share of the GPU's memory to take
 #   MAX_NUM_SEQS=8         sessions at once; the next one is told that the server is busy
 #   MAX_NUM_BATCHED_TOKENS=512    frames in one step; more costs 2 MiB each in every session
-#   CUDA_VISIBLE_DEVICES=0 which GPU, as nvidia-smi counts them
+#   CUDA_VISIBLE_DEVICES=0 which GPU: as nvidia-smi counts them, or its UUID (GPU-...); empty: none
+#   VOXTRAL_VENV=.venv     the environment that setup.sh made
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
 #   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
 #   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
@@ -28,8 +29,9 @@ set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
-if [ -x "$here/.venv/bin/vllm" ]; then
-  PATH=$here/.venv/bin:$PATH
+venv=${VOXTRAL_VENV:-$here/.venv}
+if [ -x "$venv/bin/vllm" ]; then
+  PATH=$(cd "$venv" && pwd)/bin:$PATH
 elif ! command -v vllm > /dev/null; then
   echo "error: vLLM is not installed: run ./setup.sh" >&2
   exit 1
@@ -49,12 +51,9 @@ name=$MODEL
 
 # What would fail only after vLLM's long start, the download, and the tokenizer with another delay.
 export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA by itself takes the fastest first
-gpu=${CUDA_VISIBLE_DEVICES:-0}
-[[ $gpu =~ ^[0-9]+(,|$) ]] || gpu=0
-memory=$(nvidia-smi --id="${gpu%%,*}" --query-gpu=memory.free,memory.total --format=csv,noheader,nounits 2> /dev/null) || true
-[[ $memory == *,* ]] || memory= # it may say "No devices were found"
-found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$memory" "$@") || exit
-{ read -r model; read -r tokenizer; } <<< "$found"$'\n'
+found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$@") || exit
+{ read -r device visible; read -r model; read -r tokenizer; read -r sessions; } <<< "$found"
+[ -z "$visible" ] || export CUDA_VISIBLE_DEVICES=$visible # vLLM wants indices, not UUIDs
 
 options=(
   --served-model-name "${SERVED_MODEL_NAME:-$name}"
@@ -63,7 +62,7 @@ options=(
   --generation-config vllm # there is none to look for: decoding is greedy
   --max-model-len "$MAX_MODEL_LEN"
   --max-num-seqs "$MAX_NUM_SEQS"
-  --max-num-queued-reqs "$MAX_NUM_SEQS" # a session too many is told so; without this it waits in silence
+  --max-num-queued-reqs "$sessions" # a session too many is told so; without this it waits in silence
   --max-num-batched-tokens "$MAX_NUM_BATCHED_TOKENS" # vLLM reserves twice this for each session
 )
 case $QUANTIZATION in
@@ -73,7 +72,7 @@ case $QUANTIZATION in
 esac
 [ -z "$tokenizer" ] || options+=(--tokenizer "$tokenizer")
 [ -z "$TLS_CERT" ] || options+=(--ssl-certfile "$TLS_CERT" --ssl-keyfile "$TLS_KEY")
-if [ -n "$memory" ]; then
+if [ "$device" = gpu ]; then
   options+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
 else
   options+=(--enforce-eager) # compiling takes longer than it saves here: 40 s of start for a tenth of the speed
@@ -88,4 +87,5 @@ export VOXTRAL_CAPTIONS=$here/captions
 # vLLM loads no plugins but these then.
 export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_captions
 options+=(--middleware voxtral_web.guard.Guard)
+[ ! -x "$venv/bin/vllm" ] || "$here/setup.sh" --is-current || true # says so if it is not
 exec vllm serve "$model" "${options[@]}" "$@"

@@ -1,6 +1,7 @@
 """What serve.sh does before vLLM starts: the download from a small hub, the delay, the fit on a GPU."""
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -18,6 +19,7 @@ import pytest
 from conftest import CHECKPOINT, ROOT, free_port
 from hub import COMMIT, REPOSITORY, TOKEN, WITHOUT_XET_SERVER, XET_HASH, Hub
 
+from launch import gpu
 from launch.fit import Plan
 
 MB = 1_000_000
@@ -42,12 +44,14 @@ def hub(large):
 def launch(tmp_path, hub):
     """What serve.sh runs before vLLM, with caches of its own."""
 
-    def run(*arguments: str, memory: str = "", wait: bool = True, **variables: str):
+    def run(*arguments: str, smi: str = "", wait: bool = True, **variables: str):
         names = ("HF_TOKEN", "HF_HUB_OFFLINE", "VLLM_API_KEY", "HF_HOME", "HF_HUB_CACHE")
         settings = {name: value for name, value in os.environ.items() if name not in names}
         settings |= {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
         settings |= {"MODEL": REPOSITORY, "HOST": "127.0.0.1", "PORT": str(free_port())} | variables
-        command = [sys.executable, "-m", "launch", memory, *arguments]
+        if smi:
+            settings |= {name: value for name, value in fake_gpu(tmp_path, smi).items() if name not in variables}
+        command = [sys.executable, "-m", "launch", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=ROOT, env=settings, **pipes)
         if not wait:
@@ -56,6 +60,18 @@ def launch(tmp_path, hub):
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     return run
+
+
+def fake_gpu(folder: Path, smi: str, code: int = 0) -> dict[str, str]:
+    """Variables with which nvidia-smi prints `smi`, vLLM is a build for GPUs, and CUDA has no say."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat << 'END'\n{smi}\nEND\nexit {code}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    (folder / "libcuda.so.1").write_text("nothing")
+    info = folder / "site-gpu/vllm-0.32.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    gpu = {"PYTHONPATH": str(info.parent), "LD_LIBRARY_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "0"}
+    return gpu | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
@@ -70,7 +86,7 @@ def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> 
 
 def folder(result: subprocess.CompletedProcess) -> Path:
     assert result.returncode == 0, result.stderr
-    return Path(result.stdout.splitlines()[0])
+    return Path(result.stdout.splitlines()[1])
 
 
 def test_three_files_once_then_offline(launch, hub, large, tmp_path):
@@ -259,7 +275,7 @@ def test_delay_is_an_edited_copy(launch, tmp_path):
     def run(delay: str) -> list[str]:
         result = launch(MODEL=str(CHECKPOINT), TRANSCRIPTION_DELAY_MS=delay)
         assert result.returncode == 0, result.stderr
-        return result.stdout.splitlines()
+        return result.stdout.splitlines()[1:3]
 
     original = json.loads((CHECKPOINT / "tekken.json").read_text())
     assert run("480") == run("") == [str(CHECKPOINT), ""]  # its own
@@ -285,7 +301,10 @@ def test_wrong_settings(launch, tmp_path):
     refused(launch("--tokenizer", "x", **model, TRANSCRIPTION_DELAY_MS="960"), "--tokenizer", code=2)
     refused(launch(**model, PORT="eighty"), "PORT=eighty", code=2)
     refused(launch(**model, CPU_KVCACHE_GB="1.5"), "CPU_KVCACHE_GB=1.5: a whole number", code=2)
-    refused(launch(**model, MAX_NUM_SEQS="600", MAX_NUM_BATCHED_TOKENS="512"), "MAX_NUM_BATCHED_TOKENS", code=2)
+    few = {"MAX_NUM_SEQS": "600", "MAX_NUM_BATCHED_TOKENS": "512"}
+    refused(launch(**model, **few), "less than MAX_NUM_SEQS=600: set MAX_NUM_BATCHED_TOKENS=600", code=2)
+    result = launch("--max-num-seqs", "600", "--max-num-batched-tokens=512", **model)
+    refused(result, "less than --max-num-seqs 600: set --max-num-batched-tokens 600", code=2)
     refused(launch(**model, HOST="192.0.2.99"), "192.0.2.99", "an address of this machine")
 
 
@@ -317,7 +336,7 @@ def test_fit(launch, tmp_path, memory, settings, answer):
     """A folder with the real model's params.json; its weights are only looked at later."""
     defaults = {"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": "32768", "MAX_NUM_BATCHED_TOKENS": "512"}
     defaults |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
-    result = launch(memory=memory, **defaults | settings)
+    result = launch(smi=f"0, GPU-8932f937, {memory}", **defaults | settings)
     if answer.startswith("room"):
         assert result.returncode == 0
         assert answer in result.stderr
@@ -335,17 +354,78 @@ def full_size(tmp_path) -> Path:
 def test_fit_follows_the_command_line(launch, tmp_path):
     settings = {"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": "32768", "MAX_NUM_BATCHED_TOKENS": "512"}
     settings |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
-    result = launch("--max_num_batched_tokens=8192", memory="11900, 12288", **settings)
+    result = launch("--max_num_batched_tokens=8192", smi="0, GPU-1, 11900, 12288", **settings)
     refused(result, "19.2 for one session", "set --max_num_batched_tokens 128")
     # What it knows nothing of it leaves to vLLM.
-    assert launch("-q", "fp8", memory="8000, 8192", **settings).stderr == ""
-    assert launch(memory="[N/A], [N/A]", **settings).stderr == ""
+    assert launch("-q", "fp8", smi="0, GPU-1, 8000, 8192", **settings).stderr == ""
+    assert launch(smi="0, GPU-1, [N/A], [N/A]", **settings).stderr == ""
+
+
+GPUS = "0, GPU-8932f937-d72c, 4000, 12288\n1, GPU-89ab0000-0001, 6000, 12288"
+
+
+@pytest.mark.parametrize("name, index", [("1,0", "1,0"), ("GPU-89ab0000-0001", "1"), ("GPU-893", "0"), (None, "")])
+def test_gpu_by_index_and_by_name(launch, tmp_path, name, index):
+    """vLLM gets indices. Without a choice all GPUs stay visible: --data-parallel-size 2 takes two."""
+    settings = os.environ | fake_gpu(tmp_path, GPUS) | ({"CUDA_VISIBLE_DEVICES": name} if name else {})
+    if not name:
+        del settings["CUDA_VISIBLE_DEVICES"]
+    code = "import os; from launch import gpu; print(gpu.find(os.environ))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, text=True)
+    free = 6000 if index.startswith("1") else 4000
+    assert result.stdout == f"Gpu(visible='{index}', free={free}, total=12288)\n", result.stderr
+
+
+def test_gpu_that_cannot_be_used(launch, tmp_path):
+    model = {"MODEL": str(CHECKPOINT), "GPU_MEMORY_UTILIZATION": "0.3"}
+    for name in ("MIG-89ab0000", "2", "GPU-", "GPU-89ac", "fast", "0,"):
+        refused(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES=name), "CUDA_VISIBLE_DEVICES", name.strip(","), code=2)
+    assert launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES="GPU-893").stdout.splitlines()[0] == "gpu 0"
+    words = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+    settings = fake_gpu(tmp_path, words, code=9)
+    refused(launch(**model | settings), words, "repair the driver")
+    refused(launch(**model | settings | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "0"}), words)
+
+
+def test_gpu_with_vllm_for_the_cpu_and_the_other_way_round(launch, tmp_path):
+    model = {"MODEL": str(CHECKPOINT)}
+    result = launch(smi=GPUS, **model, PYTHONPATH="")
+    refused(result, "nvidia-smi shows a GPU, but vLLM is installed for the CPU: run ./setup.sh")
+    refused(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES=""), "installed for one", "./setup.sh --cpu")
+    assert launch(smi=GPUS, **model, PYTHONPATH="", CUDA_VISIBLE_DEVICES="").stdout.splitlines()[0] == "cpu"
+
+
+def test_memory_is_what_cuda_reports(monkeypatch):
+    """vLLM takes its share of CUDA's total, which is smaller than nvidia-smi's. Not shown on a GPU: CUDA is played."""
+
+    class Cuda:
+        cuInit = cuDeviceGet = staticmethod(lambda *_: 0)
+        size = 12_044 << 20
+
+        def cuDeviceTotalMem_v2(self, size, device):
+            ctypes.cast(size, ctypes.POINTER(ctypes.c_size_t)).contents.value = self.size
+            return 0
+
+    monkeypatch.setattr(gpu.os, "environ", dict(os.environ))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Cuda())
+    assert gpu.total_of_cuda("0", 12288) == 12_044
+    Cuda.size = 24_000 << 20  # another GPU
+    assert gpu.total_of_cuda("0", 12288) == 12288
+    Cuda.cuInit = staticmethod(lambda *_: 100)
+    assert gpu.total_of_cuda("0", 12288) == 12288
+
+
+def test_command_line_leads_what_depends_on_it(launch):
+    """The line from which serve.sh takes --max-num-queued-reqs."""
+    model = {"MODEL": str(CHECKPOINT), "MAX_NUM_SEQS": "8", "MAX_NUM_BATCHED_TOKENS": "512"}
+    assert launch(**model).stdout.splitlines()[3] == "8"
+    assert launch("--max-num-seqs", "16", **model).stdout.splitlines()[3] == "16"
 
 
 def test_python_of_another_place():
     """vLLM's command is on the PATH, but python3 is one without its packages."""
     settings = {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-S", "-m", "launch", ""]
+    command = [sys.executable, "-S", "-m", "launch"]
     refused(subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60), "./setup.sh")
 
 
