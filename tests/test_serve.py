@@ -6,9 +6,10 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 
 import pytest
-from conftest import CHECKPOINT, ROOT, ServerProcess, run_script
+from conftest import CHECKPOINT, ROOT, ServerProcess, free_port, run_script
 from hub import REPOSITORY, Hub
 from test_launch import fake_gpu
 
@@ -76,6 +77,19 @@ def test_gpu_memory_held_by_others(tmp_path):
     refused(serve(**settings | {"CUDA_VISIBLE_DEVICES": "1,0"}), "6000 of 12288 MiB")
 
 
+def test_what_vllm_is_started_with(tmp_path):
+    """Here vllm is a script that prints its options. Those of the command line lead the ones that depend on them."""
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $@"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    settings = fake_gpu(tmp_path, "0, GPU-11, 12000, 12288\n1, GPU-22, 12000, 12288")
+    settings["PATH"] = f"{tmp_path}:{sys.prefix}/bin:{os.environ['PATH']}"
+    settings |= {"VOXTRAL_VENV": str(tmp_path / "none"), "CUDA_VISIBLE_DEVICES": "GPU-2", "PORT": str(free_port())}
+    result = serve("--max-num-seqs", "16", **settings)
+    assert result.stdout.startswith("GPU=1 serve"), result.stderr
+    assert "--max-num-queued-reqs 16" in result.stdout
+    assert "--gpu-memory-utilization" in result.stdout
+
+
 @pytest.mark.parametrize("script", ["serve.sh", "setup.sh", "demo.sh"])
 def test_help(script):
     result = subprocess.run([f"./{script}", "-h"], cwd=ROOT, capture_output=True, text=True)
@@ -86,7 +100,7 @@ def test_help(script):
 
 def test_every_variable_of_serve_is_explained():
     text = (ROOT / "serve.sh").read_text()
-    used = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text))
+    used = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text)) | {"CUDA_VISIBLE_DEVICES"}  # read by launch/gpu.py
     explained = set(re.findall(r"^#   ([A-Z][A-Z0-9_]+)", text, re.M))
     assert used == explained
 
