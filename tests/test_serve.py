@@ -21,7 +21,8 @@ TEXT = (CHECKPOINT / "sample.txt").read_text().strip()
 
 def serve(*arguments, **environment) -> subprocess.CompletedProcess:
     """Run serve.sh where it should refuse before vLLM's long start."""
-    settings = os.environ | {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | environment
+    settings = os.environ | {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "PORT": str(free_port())}
+    settings |= {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
         ["./serve.sh", *arguments], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=100
     )
