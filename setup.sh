@@ -83,7 +83,6 @@ library() { # by Python, because ldconfig is not on every PATH
 
 good='import sys; sys.exit(not (3, 11) <= sys.version_info < (3, 15))'
 uv=$(command -v uv) || uv=
-with_uv=${uv:+"or: uv python install 3.12"}
 for python in "${PYTHON:-}" "$venv"/bin/python "$venv"/Scripts/python python3 python3.14 python3.13 python3.12 python3.11 python; do
   [ -z "$python" ] || ! "$python" -c "$good" 2> /dev/null || break
   python=
@@ -106,7 +105,7 @@ if [ "$mode" = gpu ]; then # Triton compiles for the GPU at the first start
     "$("$python" -c 'import sys; print("python3.%d-dev" % sys.version_info[1])')" python3-devel python
 fi
 [ "$mode" != cpu ] || library libnuma.so.1 || need libnuma libnuma1 numactl-libs numactl
-[ ${#missing[@]} = 0 ] || fail "$(IFS=,; echo "${missing[*]}") missing: $(names)${with_uv:+; $with_uv}"
+[ ${#missing[@]} = 0 ] || fail "not here: $(printf '%s, ' "${missing[@]}")install with: $(names)"
 library libportaudio.so.2 || {
   need PortAudio libportaudio2 portaudio portaudio
   echo "note: without PortAudio there is no microphone here (files and the browser page work): $(names)" >&2
@@ -115,7 +114,8 @@ library libportaudio.so.2 || {
 # Packages for the GPU and for the CPU have the same names: neither replaces the other.
 if [ -n "$holds" ] && [ "$holds" != client ] && [ "$holds" != "$mode" ]; then
   echo "$venv holds vLLM for the $holds: making it anew for the $mode"
-  case $python in "$venv"/*) python=$("$python" -c 'import sys; print(sys._base_executable)') ;; esac
+  [ -f "$venv/pyvenv.cfg" ] || fail "$venv is no environment of Python's: VOXTRAL_VENV must be a folder of its own"
+  python=$("$python" -c 'import sys; print(sys._base_executable)') # it may be the one in there
   rm -rf "$venv"
 fi
 free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))

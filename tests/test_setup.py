@@ -18,6 +18,7 @@ for lack in $LACKS; do [[ $* != *$lack* || $0 == */managed/* || $0 == *.venv*/bi
 make() {{
   mkdir -p "$1"/bin "$1"/lib/python3.11/site-packages
   cp "$0" "$1"/bin/python
+  : > "$1"/pyvenv.cfg
 }}
 put() {{ mkdir -p "$site/$1.dist-info"; }}
 case "$*" in
