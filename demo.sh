@@ -8,12 +8,16 @@ case ${1:-} in
   ?*) echo "error: unknown option $1; ./demo.sh takes none" >&2; exit 2 ;;
 esac
 
-[ -x .venv/bin/vllm ] || ./setup.sh --cpu
-python=.venv/bin/python
+VOXTRAL_VENV=$(scripts/cpu-venv)
+export VOXTRAL_VENV
+export CUDA_VISIBLE_DEVICES= # on the CPU, whatever else is here
+./setup.sh --is-current 2> /dev/null || ./setup.sh --cpu >&2
+python=$VOXTRAL_VENV/bin/python
 port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 log=$(mktemp)
 sample=tests/tiny_checkpoint/sample
 
+unset TLS_CERT TLS_KEY TRANSCRIPTION_DELAY_MS QUANTIZATION SERVED_MODEL_NAME # exported for a server of the user's
 MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEMORY_UTILIZATION=0.3 CPU_KVCACHE_GB=1 \
   setsid ./serve.sh > "$log" 2>&1 &
 server=$!

@@ -23,7 +23,8 @@
 #                          (default: two sessions that begin beside all others: 88 for MAX_NUM_SEQS=8)
 #   VOXTRAL_SPEED=1        0 leaves vLLM's realtime path as it is, slower with every minute of a session; a list of
 #                          names turns on only these patches, with "-" before them all but these (vllm_plugin/voxtral_speed)
-#   CUDA_VISIBLE_DEVICES=0 which GPU, as nvidia-smi counts them
+#   CUDA_VISIBLE_DEVICES=0 which GPU: as nvidia-smi counts them, or its UUID (GPU-...); empty: none
+#   VOXTRAL_VENV=.venv     the environment that setup.sh made
 #   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
 #   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
 #   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
@@ -34,8 +35,9 @@ set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
 here=$(cd "$(dirname "$0")" && pwd)
-if [ -x "$here/.venv/bin/vllm" ]; then
-  PATH=$here/.venv/bin:$PATH
+venv=${VOXTRAL_VENV:-$here/.venv}
+if [ -x "$venv/bin/vllm" ]; then
+  PATH=$(cd "$venv" && pwd)/bin:$PATH
 elif ! command -v vllm > /dev/null; then
   echo "error: vLLM is not installed: run ./setup.sh" >&2
   exit 1
@@ -56,12 +58,9 @@ name=$MODEL
 
 # What would fail only after vLLM's long start, the download, and the tokenizer with another delay.
 export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA by itself takes the fastest first
-gpu=${CUDA_VISIBLE_DEVICES:-0}
-[[ $gpu =~ ^[0-9]+(,|$) ]] || gpu=0
-memory=$(nvidia-smi --id="${gpu%%,*}" --query-gpu=memory.free,memory.total --format=csv,noheader,nounits 2> /dev/null) || true
-[[ $memory == *,* ]] || memory= # it may say "No devices were found"
-found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$memory" "$@") || exit
-{ read -r model; read -r tokenizer; read -r batch; } <<< "$found"
+found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$@") || exit
+{ read -r device visible; read -r model; read -r tokenizer; read -r sessions; read -r batch; } <<< "$found"
+[ -z "$visible" ] || export CUDA_VISIBLE_DEVICES=$visible # vLLM wants indices, not UUIDs
 
 options=(
   --served-model-name "${SERVED_MODEL_NAME:-$name}"
@@ -70,7 +69,7 @@ options=(
   --generation-config vllm # there is none to look for: decoding is greedy
   --max-model-len "$MAX_MODEL_LEN"
   --max-num-seqs "$MAX_NUM_SEQS"
-  --max-num-queued-reqs "$MAX_NUM_SEQS" # a session too many is told so; without this it waits in silence
+  --max-num-queued-reqs "$sessions" # a session too many is told so; without this it waits in silence
   --max-num-batched-tokens "$batch" # vLLM reserves twice this for each session
 )
 # Live audio never comes twice: both would only cost. Without our identifiers of frames, vLLM's depend on the first.
@@ -82,7 +81,7 @@ case $QUANTIZATION in
 esac
 [ -z "$tokenizer" ] || options+=(--tokenizer "$tokenizer")
 [ -z "$TLS_CERT" ] || options+=(--ssl-certfile "$TLS_CERT" --ssl-keyfile "$TLS_KEY")
-if [ -n "$memory" ]; then
+if [ "$device" = gpu ]; then
   options+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
   options+=(--max-cudagraph-capture-size "$batch") # every step has a graph: without, a session's begin delays all
   options+=(--kernel-config '{"enable_jit_warmup": false}') # it tries kinds of sampling never used; ours runs sessions
@@ -99,4 +98,5 @@ export VOXTRAL_CAPTIONS=$here/captions VOXTRAL_HOME=$here
 # vLLM loads no plugins but these then.
 export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_speed,voxtral_captions,voxtral_warmup
 options+=(--middleware voxtral_web.guard.Guard)
+[ ! -x "$venv/bin/vllm" ] || "$here/setup.sh" --is-current || true # says so if it is not
 exec vllm serve "$model" "${options[@]}" "$@"

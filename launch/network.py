@@ -1,4 +1,4 @@
-"""The port, the certificate and the key: what is wrong with them, and who can use the server."""
+"""The port, the certificate and the key: what is wrong with them, and who can use the server; why a hub fails."""
 
 import errno
 import ipaddress
@@ -6,6 +6,8 @@ import os
 import socket
 import ssl
 import sys
+import urllib.parse
+import urllib.request
 
 from . import Stop
 from .settings import Settings
@@ -69,3 +71,30 @@ def check_certificate(certificate: str, key: str) -> None:
         }
         reason = why.get(error.reason, "TLS_KEY must be its private key, in PEM format and without a password")
         raise Stop(f"TLS_CERT={certificate} and TLS_KEY={key} do not go together: {reason}") from None
+
+
+def cause(error: BaseException | None, url: str) -> str:
+    """Why `url` cannot be reached, from the error of an HTTP client and those that it came from."""
+    host = urllib.parse.urlsplit(url).hostname or url
+    via, scheme = "", urllib.parse.urlsplit(url).scheme
+    proxies = urllib.request.getproxies()
+    if (proxy := proxies.get(scheme) or proxies.get("all")) and not urllib.request.proxy_bypass(host):
+        host = urllib.parse.urlsplit(proxy).hostname or proxy  # without the password that may be in it
+        via = f" (the proxy of {scheme.upper()}_PROXY)"
+    first, chain = error, []
+    while error and error not in chain:
+        chain.append(error)
+        error = error.__cause__ or error.__context__
+    for link in chain:
+        if isinstance(link, ssl.SSLCertVerificationError):
+            why = f"its certificate is not trusted ({link.verify_message})"
+            return f"{why}; if a firewall opens TLS here, set SSL_CERT_FILE to a file with its certificate"
+        if isinstance(link, socket.gaierror):
+            return f"{host}{via} is not found by DNS: is this machine connected, is the name right?"
+        if isinstance(link, ConnectionRefusedError):
+            return f"{host}{via} refuses the connection"
+        if isinstance(link, TimeoutError) or "Timeout" in type(link).__name__:
+            return f"{host}{via} does not answer in time: is a firewall in between?"
+        if type(link).__name__ == "ProxyError":
+            return f"{host}{via} answers: {link}"
+    return str(first) or type(first).__name__

@@ -51,7 +51,11 @@ class Settings:
             self._default["MAX_NUM_BATCHED_TOKENS"] = str(-(-(2 * FIRST_CHUNK + int(seqs)) // 8) * 8)
         seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
         if seqs and tokens and tokens < seqs:
-            raise Stop(f"MAX_NUM_BATCHED_TOKENS={tokens:.0f} is less than MAX_NUM_SEQS={seqs:.0f}: make it as much", 2)
+            less, more = (
+                self.assignment("MAX_NUM_BATCHED_TOKENS", int(tokens)),
+                self.assignment("MAX_NUM_SEQS", int(seqs)),
+            )
+            raise Stop(f"{less} is less than {more}: set {self.assignment('MAX_NUM_BATCHED_TOKENS', int(seqs))}", 2)
 
     def __getitem__(self, variable: str) -> str:
         if variable in self._given:

@@ -1,9 +1,15 @@
 """The model's three files: from the hub into the ordinary Hugging Face cache, once.
 
-huggingface_hub 2.4.0 throws away what it had when a download fails (`_download_to_tmp_and_move` in its
-file_download.py), which hurts at 8.9 GB. So the bytes are fetched here, with its `http_get`, into
-`blobs/HASH.incomplete`, where the next run goes on; the library then finds the blob and links it.
-A blob is named after its hash (sha256, or git's sha1 for small files), so it can be checked offline.
+A file of the cache is snapshots/COMMIT/NAME, a link to blobs/ETAG, whose name is its hash: sha256 of large
+files, git's sha1 of small ones. So it can be checked offline. huggingface_hub 2.4.0 may keep the bytes of a
+large file in a place that all repositories share: blobs/ETAG is then a link too, to a name that is no sha256
+(utils/_shared_blobs.py there). Hence the hash is taken from the first link, and what lies behind the second
+is never changed here.
+
+Large files come by Xet, the library's parallel download, where the hub offers it. The library throws away
+what it had when a download fails (`_download_to_tmp_and_move` in its file_download.py), which hurts at
+8.9 GB. So when Xet fails, and where there is none, the bytes are fetched here, with the library's `http_get`,
+into a folder of our own beside the blobs, where the next run goes on.
 """
 
 import fcntl
@@ -15,8 +21,9 @@ import shutil
 import sys
 import time
 from pathlib import Path
+from typing import BinaryIO
 
-from . import Stop
+from . import Stop, network
 from .delay import cache_folder
 
 FILES = ("params.json", "tekken.json", "consolidated.safetensors")
@@ -46,38 +53,40 @@ def download(repository: str, revision: str = "") -> Path:
         paths = [try_to_load_from_cache(repository, file, revision=revision) for file in FILES]
     except ValueError:  # HFValidationError
         raise Stop(f"MODEL={repository} is neither a folder nor a name that a repository can have") from None
-    if all(isinstance(path, str) for path in paths):
-        bad = [blob for path in paths if not is_whole(blob := Path(path).resolve())]
-        if not bad:
-            return Path(paths[-1]).parent
-        for blob in bad:
-            print(f"warning: {blob} is damaged: downloading it again", file=sys.stderr)
-            blob.unlink()
+    try:
+        bad = [path for path in paths if isinstance(path, str) and not is_whole(path)]
+    except OSError as error:
+        raise Stop(f"{error.filename}: {error.strerror}") from None
+    if not bad and all(isinstance(path, str) for path in paths):
+        return Path(paths[-1]).parent
     if constants.HF_HUB_OFFLINE:
-        raise Stop(
-            f"{repository} is not in {constants.HF_HUB_CACHE}, and HF_HUB_OFFLINE forbids to download it: unset it"
-        )
-    return fetch_all(repository, revision, Path(constants.HF_HUB_CACHE))
+        what = f"{bad[0]} is damaged" if bad else f"{repository} is not in {constants.HF_HUB_CACHE}"
+        raise Stop(f"{what}, and HF_HUB_OFFLINE forbids to download it: unset it")
+    damaged = {Path(os.readlink(path)).name for path in bad}
+    return fetch_all(repository, revision, Path(constants.HF_HUB_CACHE), damaged)
 
 
-def fetch_all(repository: str, revision: str, cache: Path) -> Path:
-    """Download what is missing. Raises Stop for everything that can go wrong on the way."""
+def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) -> Path:
+    """Download what is missing, or among the blobs known as damaged. Raises Stop for all that can go wrong."""
     import httpx2
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, utils
 
     utils.logging.set_verbosity_error()
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
     page = f"{endpoint}/{repository}"
-    blobs = cache / f"models--{repository.replace('/', '--')}" / "blobs"
+    folder = cache / f"models--{repository.replace('/', '--')}"
+    blobs, partials = folder / "blobs", folder / "voxtral-partial"
     try:
         blobs.mkdir(parents=True, exist_ok=True)
         wanted = {file: get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)) for file in FILES}
         if not all(about.etag and about.commit_hash and about.size for about in wanted.values()):
             raise Stop(f"{endpoint} does not answer as a hub does: is there a login page or a proxy in between?")
-        missing = {f: about for f, about in wanted.items() if not (blobs / about.etag).exists()}
-        partial = sum(
-            p.stat().st_size for about in missing.values() if (p := blobs / f"{about.etag}.incomplete").exists()
-        )
+        missing = {
+            file: about
+            for file, about in wanted.items()
+            if about.etag in damaged or not is_whole(blobs / about.etag, about.etag)
+        }
+        partial = sum(p.stat().st_size for about in missing.values() if (p := partials / about.etag).exists())
         to_come = sum(about.size for about in missing.values()) - partial
         if to_come > (free := shutil.disk_usage(blobs).free):
             raise Stop(
@@ -87,14 +96,14 @@ def fetch_all(repository: str, revision: str, cache: Path) -> Path:
         if missing:
             print(f"downloading {repository} to {cache}: {to_come / 1e9:.1f} GB", file=sys.stderr)
         for file, about in missing.items():
-            url = hf_hub_url(repository, file, revision=about.commit_hash)
-            fetch(url, file, blobs / about.etag, about.size)
-        path = ""
-        for file in FILES:
-            # Finds the blob and makes the link, and the note of what `main` is.
-            path = hf_hub_download(repository, file, revision=revision)
-            if not is_whole(Path(path).resolve()):
-                raise Stop(f"{file} came damaged from {page}: run this again")
+            if (blob := blobs / about.etag).exists():
+                print(f"warning: {blob} is damaged: downloading it again", file=sys.stderr)
+            partials.mkdir(exist_ok=True)
+            fetch(repository, file, about, partials / about.etag, blob)
+        if partials.exists() and not any(partials.iterdir()):
+            partials.rmdir()
+        # Finds the blobs and makes the links, and the note of what `main` is.
+        path = [hf_hub_download(repository, file, revision=revision) for file in FILES][-1]
     except errors.RevisionNotFoundError:
         raise Stop(f"{page} has no revision {revision}: see MODEL_REVISION") from None
     except errors.RemoteEntryNotFoundError as error:
@@ -110,77 +119,132 @@ def fetch_all(repository: str, revision: str, cache: Path) -> Path:
         status = error.response.status_code
         mend = "look at HF_TOKEN" if status in (401, 403) else "try again later"
         raise Stop(f"{page} answers with HTTP {status}: {mend}") from None
-    except (httpx2.TransportError, errors.LocalEntryNotFoundError):
-        raise Stop(f"{page} cannot be reached: the first start needs the network, later ones do not") from None
+    except (httpx2.TransportError, errors.LocalEntryNotFoundError) as error:
+        text = f"{page} cannot be reached: {network.cause(error, endpoint)}"
+        raise Stop(f"{text} (the first start needs the network, later ones do not)") from None
     except OSError as error:
         raise Stop(f"{error.filename or cache}: {error.strerror or error}") from None
     return Path(path).parent
 
 
-def fetch(url: str, name: str, blob: Path, size: int) -> None:
-    """Download one file of `size` bytes to `blob`, going on where an earlier try ended. Raises Stop, OSError."""
+def fetch(repository: str, file: str, about, partial: Path, blob: Path) -> None:
+    """Download one file to `blob`: by Xet, or through `partial`, going on where an earlier try ended.
+
+    `about` is the library's HfFileMetadata. What is at `blob` stays until the new file is whole. Raises Stop, OSError.
+    """
+    from huggingface_hub.file_download import is_xet_available
+
+    with open(partial, "ab") as part:
+        try:
+            fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise Stop(f"another program downloads {file}: wait for it") from None
+        # The library would take a damaged blob for the file.
+        by_xet = about.xet_file_data and is_xet_available() and not part.tell() and not os.path.lexists(blob)
+        if not by_xet or not fetch_by_xet(repository, file, about.commit_hash, blob):
+            fetch_by_http(repository, file, about, part)
+            if file_hash(partial, about.etag) != about.etag:
+                partial.unlink()
+                raise Stop(f"{file} came damaged from the hub: run this again")
+            partial.replace(blob)  # where that is a link to what all repositories share, the link is replaced
+            note(blob, about.etag)
+        partial.unlink(missing_ok=True)
+
+
+def fetch_by_xet(repository: str, file: str, commit: str, blob: Path) -> bool:
+    """The library's parallel download; False if it failed, or brought something else."""
+    from huggingface_hub import hf_hub_download
+
+    try:
+        hf_hub_download(repository, file, revision=commit, tqdm_class=progress())
+    except KeyboardInterrupt:
+        raise Stop(f"stopped; {file} begins anew the next time (with HF_HUB_DISABLE_XET=1 it goes on)", 130) from None
+    except Exception as error:  # Xet is in Rust: none of its many errors says that plain HTTP would fail too
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        print(f"warning: Xet's download failed ({reason}): going on over plain HTTP", file=sys.stderr)
+        return False
+    return is_whole(blob, blob.name)
+
+
+def fetch_by_http(repository: str, file: str, about, part: BinaryIO) -> None:
+    """Append to `part` what it lacks. Raises Stop, OSError."""
     import httpx2
-    from huggingface_hub import utils
+    from huggingface_hub import hf_hub_url, utils
     from huggingface_hub.file_download import http_get
 
-    class Lines(utils.tqdm):
-        """In a journal a line a minute is better than a bar that is drawn over."""
+    url, size = hf_hub_url(repository, file, revision=about.commit_hash), about.size
+    headers = utils.build_hf_headers() | {"Accept-Encoding": "identity"}
+    options = {"expected_size": size, "displayed_filename": file, "headers": headers, "tqdm_class": progress()}
+    tries = 0
+    if part.tell() > size:
+        part.truncate(0)
+        part.seek(0)
+    while (there := part.tell()) < size:
+        try:
+            http_get(url, part, resume_size=there, **options)
+        except (httpx2.TransportError, OSError) as error:
+            if getattr(error, "errno", None):  # the disk, not the network
+                raise
+            tries = tries + 1 if part.tell() <= there else 0
+            if tries == TRIES:
+                raise Stop(
+                    f"the download of {file} broke off at {part.tell() / 1e9:.2f} of {size / 1e9:.2f} GB: "
+                    f"{network.cause(error, url)}; run this again, it goes on from there"
+                ) from None
+            time.sleep(1)
+    part.flush()
 
+
+def progress() -> type | None:
+    """None: the library's bar. In a journal a line a minute is better than a bar that is drawn over."""
+    from huggingface_hub import utils
+
+    class Lines(utils.tqdm):
         def __init__(self, *arguments, **options):
             super().__init__(*arguments, **options | {"mininterval": 60, "maxinterval": 60, "disable": False})
 
         def display(self, msg=None, pos=None):
             print(self, file=sys.stderr, flush=True)
 
-    partial = blob.with_name(f"{blob.name}.incomplete")
-    headers = utils.build_hf_headers() | {"Accept-Encoding": "identity"}
-    tries = 0
-    with open(partial, "ab") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise Stop(f"another program downloads {name}: wait for it") from None
-        if file.tell() > size:
-            file.truncate(0)
-            file.seek(0)
-        while (there := file.tell()) < size:
-            options = {"expected_size": size, "displayed_filename": name, "headers": headers}
-            try:
-                http_get(url, file, resume_size=there, tqdm_class=None if sys.stderr.isatty() else Lines, **options)
-            except (httpx2.TransportError, OSError) as error:
-                if getattr(error, "errno", None):  # the disk, not the network
-                    raise
-                tries = tries + 1 if file.tell() <= there else 0
-                if tries == TRIES:
-                    raise Stop(
-                        f"the download of {name} broke off at {file.tell() / 1e9:.2f} of {size / 1e9:.2f} GB: "
-                        "run this again, it goes on from there"
-                    ) from None
-                time.sleep(1)
-    if file_hash(partial, blob.name) != blob.name:
-        partial.unlink()
-        raise Stop(f"{name} came damaged from the hub: run this again")
-    partial.replace(blob)
+    return None if sys.stderr.isatty() else Lines
 
 
-def is_whole(blob: Path) -> bool:
-    """Whether a blob's bytes are those of its name. Reads them only if they may have changed since the last time."""
-    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", blob.name):
-        return True  # no symbolic links here, so no hash: the library has checked its size
-    notes = cache_folder() / "checked.json"
-    try:
-        known = json.loads(notes.read_text())
-    except (OSError, ValueError):
-        known = {}
-    status = blob.stat()
-    now = [status.st_size, status.st_mtime_ns]
-    if known.get(str(blob)) == now:
-        return True
-    if file_hash(blob, blob.name) != blob.name:
+def is_whole(path: str | Path, name: str = "") -> bool:
+    """Whether a file's bytes are those of its blob's `name`, by default the one that the link `path` goes to.
+
+    Reads them only if they may have changed since the last time.
+    """
+    path = Path(path)
+    if not path.exists():
         return False
-    notes.with_suffix(".new").write_text(json.dumps(known | {str(blob): now}))
-    notes.with_suffix(".new").replace(notes)
+    name = name or (Path(os.readlink(path)).name if path.is_symlink() else "")
+    if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
+        return True  # no symbolic links here, so no hash: the library has checked its size
+    if known().get(str(path.resolve())) == [name, *state(path)]:
+        return True
+    if file_hash(path, name) != name:
+        return False
+    note(path, name)
     return True
+
+
+def state(path: Path) -> list[int]:
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
+
+
+def known() -> dict[str, list]:
+    """Of each file whose hash was checked: the hash, and size and time (ns) of the file then."""
+    try:
+        return json.loads((cache_folder() / "checked.json").read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def note(path: Path, name: str = "") -> None:
+    notes = cache_folder() / "checked.json"
+    notes.with_suffix(".new").write_text(json.dumps(known() | {str(path.resolve()): [name or path.name, *state(path)]}))
+    notes.with_suffix(".new").replace(notes)
 
 
 def file_hash(path: Path, name: str) -> str:

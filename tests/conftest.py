@@ -1,6 +1,7 @@
 """One real vLLM server for the whole session, started as a user starts it, and what tests need around it."""
 
 import os
+import re
 import signal
 import socket
 import ssl
@@ -15,7 +16,11 @@ import pytest
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_checkpoint"))
 sys.path.insert(0, str(ROOT))
-os.environ.pop("VLLM_API_KEY", None)  # the README tells to export it
+for name in re.findall(r"^#   ([A-Z][A-Z0-9_]+)", (ROOT / "serve.sh").read_text(), re.M):
+    os.environ.pop(name, None)  # what the user has exported for a server of his own: VLLM_API_KEY, PORT
+os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run vLLM's CPU build, whatever else is here
+if sys.prefix != sys.base_prefix:
+    os.environ["VOXTRAL_VENV"] = sys.prefix  # which may be another one than .venv: see scripts/cpu-venv
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background inherits that it is ignored
 
 

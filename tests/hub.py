@@ -2,7 +2,8 @@
 
 What the library asks for (huggingface_hub 2.4.0, file_download.py): HEAD and GET of
 /OWNER/NAME/resolve/REVISION/FILE. As on the real hub, large files redirect to another host, with
-X-Linked-Etag (sha256) and X-Linked-Size; small ones come directly, with git's sha1 as ETag.
+X-Linked-Etag (sha256) and X-Linked-Size; small ones come directly, with git's sha1 as ETag. With `xet` the
+large file is offered by Xet too (X-Xet-Hash, and a link to where the library gets a token for Xet's server).
 """
 
 import hashlib
@@ -14,6 +15,19 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 REPOSITORY = "someone/voxtral"
 COMMIT = "c0ffee" + "0" * 34
 TOKEN = "hf_secret"
+XET_HASH = "ab" + "0" * 62  # another hash than sha256, of the same bytes
+
+# A sitecustomize.py: Xet's transfer gets the bytes over HTTP; where the library puts them is the library's matter.
+WITHOUT_XET_SERVER = """
+import os, urllib.request
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+from huggingface_hub import file_download
+
+def xet_get(*, incomplete_path, **_):
+    urllib.request.urlretrieve(os.environ["HF_ENDPOINT"] + "/cdn/consolidated.safetensors", incomplete_path)
+
+file_download.xet_get = xet_get
+"""
 
 
 class Hub:
@@ -21,14 +35,15 @@ class Hub:
 
     `cuts`: bytes after which each of the next downloads of the large file is cut. `hold`: bytes after which it
     sends nothing more until `released`. `spoil`: it arrives with a wrong byte. `gated`, `private`, `status`:
-    how it refuses. `claims`: size it claims for the large file.
+    how it refuses. `claims`: size it claims for the large file. `xet`: offers it by Xet, without a server of Xet:
+    the library's download fails, unless the test puts WITHOUT_XET_SERVER in its place.
     """
 
     def __init__(self, files: dict[str, bytes]):
         self.files = files
         self.asked: list[tuple[str, str, str]] = []  # method, path, Range
         self.cuts: list[int] = []
-        self.spoil = self.gated = self.private = False
+        self.spoil = self.gated = self.private = self.xet = False
         self.status = self.claims = self.hold = 0
         self.holding, self.released = threading.Event(), threading.Event()
         self.sent = 0  # bytes of large files
@@ -93,6 +108,8 @@ class Hub:
             other_host = f"http://localhost:{self._http.server_port}/cdn/{name}"
             about = {"X-Linked-Etag": f'"{hashlib.sha256(content).hexdigest()}"', "Location": other_host}
             about |= {"X-Linked-Size": str(self.claims or len(content)), "X-Repo-Commit": COMMIT}
+            if self.xet:
+                about |= {"X-Xet-Hash": XET_HASH, "Link": f'<{self.url}/api/no-such-token>; rel="xet-auth"'}
             return self._head(request, 302, about | {"Content-Length": "0"})
         etag = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         self._send(request, content, {"ETag": f'"{etag}"', "X-Repo-Commit": COMMIT})

@@ -1,6 +1,7 @@
 """What serve.sh does before vLLM starts: the download from a small hub, the delay, the fit on a GPU."""
 
 import contextlib
+import ctypes
 import json
 import os
 import random
@@ -9,13 +10,16 @@ import signal
 import ssl
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
 from conftest import CHECKPOINT, ROOT, free_port
-from hub import COMMIT, REPOSITORY, TOKEN, Hub
+from hub import COMMIT, REPOSITORY, TOKEN, WITHOUT_XET_SERVER, XET_HASH, Hub
 
+from launch import gpu
 from launch.fit import Plan
 
 MB = 1_000_000
@@ -40,12 +44,14 @@ def hub(large):
 def launch(tmp_path, hub):
     """What serve.sh runs before vLLM, with caches of its own."""
 
-    def run(*arguments: str, memory: str = "", wait: bool = True, **variables: str):
+    def run(*arguments: str, smi: str = "", wait: bool = True, **variables: str):
         names = ("HF_TOKEN", "HF_HUB_OFFLINE", "VLLM_API_KEY", "HF_HOME", "HF_HUB_CACHE")
         settings = {name: value for name, value in os.environ.items() if name not in names}
         settings |= {"HF_HOME": str(tmp_path / "hf"), "XDG_CACHE_HOME": str(tmp_path / "cache"), "HF_ENDPOINT": hub.url}
         settings |= {"MODEL": REPOSITORY, "HOST": "127.0.0.1", "PORT": str(free_port())} | variables
-        command = [sys.executable, "-m", "launch", memory, *arguments]
+        if smi:
+            settings |= {name: value for name, value in fake_gpu(tmp_path, smi).items() if name not in variables}
+        command = [sys.executable, "-m", "launch", *arguments]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
         process = subprocess.Popen(command, cwd=ROOT, env=settings, **pipes)
         if not wait:
@@ -54,6 +60,18 @@ def launch(tmp_path, hub):
         return subprocess.CompletedProcess(command, process.returncode, output, errors)
 
     return run
+
+
+def fake_gpu(folder: Path, smi: str, code: int = 0) -> dict[str, str]:
+    """Variables with which nvidia-smi prints `smi`, vLLM is a build for GPUs, and CUDA has no say."""
+    (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat << 'END'\n{smi}\nEND\nexit {code}\n")
+    (folder / "nvidia-smi").chmod(0o755)
+    (folder / "libcuda.so.1").write_text("nothing")
+    info = folder / "site-gpu/vllm-0.32.0.dist-info"
+    info.mkdir(parents=True, exist_ok=True)
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
+    gpu = {"PYTHONPATH": str(info.parent), "LD_LIBRARY_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "0"}
+    return gpu | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
 def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> None:
@@ -68,7 +86,7 @@ def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> 
 
 def folder(result: subprocess.CompletedProcess) -> Path:
     assert result.returncode == 0, result.stderr
-    return Path(result.stdout.splitlines()[0])
+    return Path(result.stdout.splitlines()[1])
 
 
 def test_three_files_once_then_offline(launch, hub, large, tmp_path):
@@ -109,7 +127,9 @@ def test_stopped_by_ctrl_c(launch, hub, large, tmp_path):
     hub.hold = 25 * MB
     process = launch(wait=False)
     assert hub.holding.wait(60)
-    while not any(file.stat().st_size > 20 * MB for file in tmp_path.rglob("*.incomplete")):
+    deadline = time.monotonic() + 60
+    while not any(file.stat().st_size > 20 * MB for file in tmp_path.rglob("voxtral-partial/*")):
+        assert time.monotonic() < deadline
         time.sleep(0.1)
     process.send_signal(signal.SIGINT)
     output, errors = process.communicate(timeout=60)
@@ -133,6 +153,67 @@ def test_damage_on_the_way_and_on_disk(launch, hub, large):
         assert weights.read_bytes() == large
 
 
+def test_damaged_file_stays_until_the_new_one_is_there(launch, hub, large):
+    weights = folder(launch()) / "consolidated.safetensors"
+    spoiled = b"\0" + large[1:]
+    weights.resolve().write_bytes(spoiled)
+    refused(launch(HF_HUB_OFFLINE="1"), str(weights), "damaged", "HF_HUB_OFFLINE")
+    hub.cuts = [0] * 100
+    refused(launch(), "broke off")
+    assert weights.read_bytes() == spoiled
+    hub.cuts = []
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+
+
+@pytest.fixture
+def with_xet(hub, tmp_path) -> dict[str, str]:
+    """Variables with which the library downloads by Xet, and stores as it does then."""
+    hub.xet = True
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site/sitecustomize.py").write_text(WITHOUT_XET_SERVER)
+    return {"PYTHONPATH": str(tmp_path / "site")}
+
+
+def test_file_that_repositories_share(launch, hub, large, tmp_path, with_xet):
+    """Stored by Xet, a blob is a link to a file whose name is no sha256: whole all the same, and not ours to change."""
+    weights = folder(launch(**with_xet)) / "consolidated.safetensors"
+    shared = tmp_path / "hf/hub/blobs" / XET_HASH[:2] / XET_HASH
+    assert weights.resolve() == shared
+    hub.asked.clear()
+    again = launch(XDG_CACHE_HOME=str(tmp_path / "other"))  # as if another program had downloaded it
+    assert (folder(again), again.stderr, hub.asked) == (weights.parent, "", [])
+
+    spoiled = b"\0" + large[1:]
+    shared.chmod(0o600)
+    shared.write_bytes(spoiled)
+    result = launch(**with_xet)
+    assert "damaged: downloading it again" in result.stderr
+    assert (folder(result) / "consolidated.safetensors").read_bytes() == large
+    assert shared.read_bytes() == spoiled
+
+
+def test_xet_that_fails(launch, hub, large, tmp_path):
+    """Plain HTTP comes in its place, and goes on where it broke off; nothing of it is left then."""
+    hub.xet, hub.cuts = True, [25 * MB] + [0] * 100
+    result = launch()
+    refused(result, "0.02 of 0.03 GB", "run this again")
+    assert "Xet's download failed" in result.stderr
+    hub.cuts, hub.sent = [], 0
+    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
+    assert hub.sent < LARGE - 20 * MB
+    assert not list(tmp_path.rglob("voxtral-partial"))
+
+
+def test_hashed_once(launch, hub, tmp_path):
+    """A large file is read through once, after its download, and not at the next start."""
+    (tmp_path / "site").mkdir()
+    counting = "import hashlib, sys\nreal = hashlib.file_digest\n"
+    counting += "hashlib.file_digest = lambda *a: (print('HASHED', file=sys.stderr), real(*a))[1]\n"
+    (tmp_path / "site/sitecustomize.py").write_text(counting)
+    runs = [launch(PYTHONPATH=str(tmp_path / "site")).stderr.count("HASHED") for _ in range(2)]
+    assert runs == [1, 0]
+
+
 def test_refusals_of_the_hub(launch, hub):
     hub.gated = True
     refused(launch(), f"{hub.url}/{REPOSITORY}", "agree to its terms", "HF_TOKEN")
@@ -154,9 +235,34 @@ def test_repository_without_one_of_the_files(launch, hub):
     refused(launch(), "no params.json", "Mistral's format")
 
 
-def test_no_network(launch):
-    refused(launch(HF_ENDPOINT=f"http://127.0.0.1:{free_port()}"), "cannot be reached", "first start needs the network")
+def test_no_network(launch, tmp_path):
+    """The cause is said, and what can be done."""
+    closed = f"http://127.0.0.1:{free_port()}"
+    no_proxy = dict.fromkeys(("no_proxy", "NO_PROXY", "HTTP_PROXY", "http_proxy"), "")
+    refused(launch(HF_ENDPOINT=closed), "refuses the connection", "first start needs the network")
+    refused(launch(HF_ENDPOINT="http://hub.invalid", **no_proxy), "hub.invalid is not found by DNS")
+    proxy = launch(HF_ENDPOINT="http://hub.invalid", **no_proxy | {"http_proxy": closed.replace("//", "//me:secret@")})
+    refused(proxy, "HTTP_PROXY", "refuses the connection")
+    assert "secret" not in proxy.stderr
+    make_certificate(tmp_path / "hub")
+    with tls_server(tmp_path / "hub") as port:
+        refused(launch(HF_ENDPOINT=f"https://localhost:{port}"), "certificate is not trusted", "SSL_CERT_FILE")
     refused(launch(HF_HUB_OFFLINE="1"), "HF_HUB_OFFLINE")
+
+
+@contextlib.contextmanager
+def tls_server(folder: Path):
+    """Answers no request, but shows its certificate; yields the port."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(folder / "certificate.pem", folder / "key.pem")
+    with HTTPServer(("127.0.0.1", 0), BaseHTTPRequestHandler) as server:
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        server.handle_error = lambda *_: None
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05})
+        thread.start()
+        yield server.server_port
+        server.shutdown()
+        thread.join()
 
 
 def test_not_enough_disk(launch, hub, tmp_path):
@@ -169,7 +275,7 @@ def test_delay_is_an_edited_copy(launch, tmp_path):
     def run(delay: str) -> list[str]:
         result = launch(MODEL=str(CHECKPOINT), TRANSCRIPTION_DELAY_MS=delay)
         assert result.returncode == 0, result.stderr
-        return result.stdout.splitlines()
+        return result.stdout.splitlines()[1:3]
 
     original = json.loads((CHECKPOINT / "tekken.json").read_text())
     assert run("480") == run("") == [str(CHECKPOINT), ""]  # its own
@@ -195,7 +301,10 @@ def test_wrong_settings(launch, tmp_path):
     refused(launch("--tokenizer", "x", **model, TRANSCRIPTION_DELAY_MS="960"), "--tokenizer", code=2)
     refused(launch(**model, PORT="eighty"), "PORT=eighty", code=2)
     refused(launch(**model, CPU_KVCACHE_GB="1.5"), "CPU_KVCACHE_GB=1.5: a whole number", code=2)
-    refused(launch(**model, MAX_NUM_SEQS="600", MAX_NUM_BATCHED_TOKENS="512"), "MAX_NUM_BATCHED_TOKENS", code=2)
+    few = {"MAX_NUM_SEQS": "600", "MAX_NUM_BATCHED_TOKENS": "512"}
+    refused(launch(**model, **few), "less than MAX_NUM_SEQS=600: set MAX_NUM_BATCHED_TOKENS=600", code=2)
+    result = launch("--max-num-seqs", "600", "--max-num-batched-tokens=512", **model)
+    refused(result, "less than --max-num-seqs 600: set --max-num-batched-tokens 600", code=2)
     refused(launch(**model, HOST="192.0.2.99"), "192.0.2.99", "an address of this machine")
 
 
@@ -227,7 +336,7 @@ def test_fit(launch, tmp_path, memory, settings, answer):
     """A folder with the real model's params.json; its weights are only looked at later."""
     defaults = {"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": "32768", "MAX_NUM_BATCHED_TOKENS": "512"}
     defaults |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
-    result = launch(memory=memory, **defaults | settings)
+    result = launch(smi=f"0, GPU-8932f937, {memory}", **defaults | settings)
     if answer.startswith("room"):
         assert result.returncode == 0
         assert answer in result.stderr
@@ -245,17 +354,78 @@ def full_size(tmp_path) -> Path:
 def test_fit_follows_the_command_line(launch, tmp_path):
     settings = {"QUANTIZATION": "bitsandbytes", "MAX_MODEL_LEN": "32768", "MAX_NUM_BATCHED_TOKENS": "512"}
     settings |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
-    result = launch("--max_num_batched_tokens=8192", memory="11900, 12288", **settings)
+    result = launch("--max_num_batched_tokens=8192", smi="0, GPU-1, 11900, 12288", **settings)
     refused(result, "19.2 for one session", "set --max_num_batched_tokens 128")
     # What it knows nothing of it leaves to vLLM.
-    assert launch("-q", "fp8", memory="8000, 8192", **settings).stderr == ""
-    assert launch(memory="[N/A], [N/A]", **settings).stderr == ""
+    assert launch("-q", "fp8", smi="0, GPU-1, 8000, 8192", **settings).stderr == ""
+    assert launch(smi="0, GPU-1, [N/A], [N/A]", **settings).stderr == ""
+
+
+GPUS = "0, GPU-8932f937-d72c, 4000, 12288\n1, GPU-89ab0000-0001, 6000, 12288"
+
+
+@pytest.mark.parametrize("name, index", [("1,0", "1,0"), ("GPU-89ab0000-0001", "1"), ("GPU-893", "0"), (None, "")])
+def test_gpu_by_index_and_by_name(launch, tmp_path, name, index):
+    """vLLM gets indices. Without a choice all GPUs stay visible: --data-parallel-size 2 takes two."""
+    settings = os.environ | fake_gpu(tmp_path, GPUS) | ({"CUDA_VISIBLE_DEVICES": name} if name else {})
+    if not name:
+        del settings["CUDA_VISIBLE_DEVICES"]
+    code = "import os; from launch import gpu; print(gpu.find(os.environ))"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, text=True)
+    free = 6000 if index.startswith("1") else 4000
+    assert result.stdout == f"Gpu(visible='{index}', free={free}, total=12288)\n", result.stderr
+
+
+def test_gpu_that_cannot_be_used(launch, tmp_path):
+    model = {"MODEL": str(CHECKPOINT), "GPU_MEMORY_UTILIZATION": "0.3"}
+    for name in ("MIG-89ab0000", "2", "GPU-", "GPU-89ac", "fast", "0,"):
+        refused(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES=name), "CUDA_VISIBLE_DEVICES", name.strip(","), code=2)
+    assert launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES="GPU-893").stdout.splitlines()[0] == "gpu 0"
+    words = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+    settings = fake_gpu(tmp_path, words, code=9)
+    refused(launch(**model | settings), words, "repair the driver")
+    refused(launch(**model | settings | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "0"}), words)
+
+
+def test_gpu_with_vllm_for_the_cpu_and_the_other_way_round(launch, tmp_path):
+    model = {"MODEL": str(CHECKPOINT)}
+    result = launch(smi=GPUS, **model, PYTHONPATH="")
+    refused(result, "nvidia-smi shows a GPU, but vLLM is installed for the CPU: run ./setup.sh")
+    refused(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES=""), "installed for one", "./setup.sh --cpu")
+    assert launch(smi=GPUS, **model, PYTHONPATH="", CUDA_VISIBLE_DEVICES="").stdout.splitlines()[0] == "cpu"
+
+
+def test_memory_is_what_cuda_reports(monkeypatch):
+    """vLLM takes its share of CUDA's total, which is smaller than nvidia-smi's. Not shown on a GPU: CUDA is played."""
+
+    class Cuda:
+        cuInit = cuDeviceGet = staticmethod(lambda *_: 0)
+        size = 12_044 << 20
+
+        def cuDeviceTotalMem_v2(self, size, device):
+            ctypes.cast(size, ctypes.POINTER(ctypes.c_size_t)).contents.value = self.size
+            return 0
+
+    monkeypatch.setattr(gpu.os, "environ", dict(os.environ))
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: Cuda())
+    assert gpu.total_of_cuda("0", 12288) == 12_044
+    Cuda.size = 24_000 << 20  # another GPU
+    assert gpu.total_of_cuda("0", 12288) == 12288
+    Cuda.cuInit = staticmethod(lambda *_: 100)
+    assert gpu.total_of_cuda("0", 12288) == 12288
+
+
+def test_command_line_leads_what_depends_on_it(launch):
+    """The line from which serve.sh takes --max-num-queued-reqs."""
+    model = {"MODEL": str(CHECKPOINT), "MAX_NUM_SEQS": "8", "MAX_NUM_BATCHED_TOKENS": "512"}
+    assert launch(**model).stdout.splitlines()[3] == "8"
+    assert launch("--max-num-seqs", "16", **model).stdout.splitlines()[3] == "16"
 
 
 def test_python_of_another_place():
     """vLLM's command is on the PATH, but python3 is one without its packages."""
     settings = {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-S", "-m", "launch", ""]
+    command = [sys.executable, "-S", "-m", "launch"]
     refused(subprocess.run(command, env=settings, capture_output=True, text=True, timeout=60), "./setup.sh")
 
 

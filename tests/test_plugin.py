@@ -40,20 +40,28 @@ def new_config(model: str, **options):
 
 
 def load(config, loader) -> dict[str, torch.Tensor]:
-    """All parameters, the quantized ones as float32: with NF4's error, in a type no other has."""
+    """All parameters as loaded, the quantized ones as float32: with NF4's error, in a type no other has.
+
+    Taken before vLLM packs them: how it does, and what it leaves in their place, depends on the CPU
+    (AMX, AVX-512 BF16; `dispatch_cpu_unquantized_gemm` in vllm/model_executor/layers/utils.py).
+    """
     from bitsandbytes.functional import dequantize_4bit
     from vllm.config import set_current_vllm_config
 
-    # vLLM's CPU worker, too, does without empty_cache: PyTorch raises where there is no accelerator.
-    with set_current_vllm_config(config), mock.patch("torch.accelerator.empty_cache"):
-        model = loader.load_model(config, config.model_config)
     weights = {}
-    for name, parameter in model.named_parameters():
-        weights[name] = parameter.data
-        if states := getattr(parameter, "bnb_quant_state", None):
-            packed = parameter.data.split(parameter.bnb_shard_offsets.diff().tolist())
-            parts = [dequantize_4bit(p, states[i]) for i, p in enumerate(packed)]
-            weights[name] = torch.cat(parts).float()
+
+    def note(model, *_) -> None:
+        for name, parameter in model.named_parameters():
+            weights[name] = parameter.data.clone()
+            if states := getattr(parameter, "bnb_quant_state", None):
+                packed = parameter.data.split(parameter.bnb_shard_offsets.diff().tolist())
+                parts = [dequantize_4bit(p, states[i]) for i, p in enumerate(packed)]
+                weights[name] = torch.cat(parts).float()
+
+    instead = mock.patch("vllm.model_executor.model_loader.base_loader.process_weights_after_loading", note)
+    # vLLM's CPU worker, too, does without empty_cache: PyTorch raises where there is no accelerator.
+    with set_current_vllm_config(config), mock.patch("torch.accelerator.empty_cache"), instead:
+        loader.load_model(config, config.model_config)
     return weights
 
 

@@ -6,10 +6,12 @@ import re
 import shutil
 import socket
 import subprocess
+import sys
 
 import pytest
-from conftest import CHECKPOINT, ROOT, ServerProcess, run_script
+from conftest import CHECKPOINT, ROOT, ServerProcess, free_port, run_script
 from hub import REPOSITORY, Hub
+from test_launch import fake_gpu
 
 from launch.weights import FILES
 from voxtral_client.session import Done, Server
@@ -17,11 +19,10 @@ from voxtral_client.session import Done, Server
 TEXT = (CHECKPOINT / "sample.txt").read_text().strip()
 
 
-def serve(*arguments, path: str | None = None, **environment) -> subprocess.CompletedProcess:
+def serve(*arguments, **environment) -> subprocess.CompletedProcess:
     """Run serve.sh where it should refuse before vLLM's long start."""
-    settings = os.environ | {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "HF_HUB_OFFLINE": "1"} | environment
-    if path:
-        settings["PATH"] = path
+    settings = os.environ | {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "PORT": str(free_port())}
+    settings |= {"HF_HUB_OFFLINE": "1"} | environment
     return subprocess.run(
         ["./serve.sh", *arguments], cwd=ROOT, env=settings, capture_output=True, text=True, timeout=100
     )
@@ -72,12 +73,22 @@ def test_not_installed(tmp_path):
 
 def test_gpu_memory_held_by_others(tmp_path):
     """Here nvidia-smi is a script that prints what it does where another program holds most of the memory."""
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\ncase $1 in --id=0) echo 4000, 12288 ;; --id=1) echo 6000, 12288 ;; esac\n")
-    fake.chmod(0o755)
-    path = f"{tmp_path}:{os.environ['PATH']}"
-    refused(serve(path=path), "4000 of 12288 MiB", "11059", "GPU_MEMORY_UTILIZATION=0.32")
-    refused(serve(path=path, CUDA_VISIBLE_DEVICES="1,0"), "6000 of 12288 MiB")
+    settings = fake_gpu(tmp_path, "0, GPU-1, 4000, 12288\n1, GPU-2, 6000, 12288")
+    refused(serve(**settings), "4000 of 12288 MiB", "11059", "GPU_MEMORY_UTILIZATION=0.32")
+    refused(serve(**settings | {"CUDA_VISIBLE_DEVICES": "1,0"}), "6000 of 12288 MiB")
+
+
+def test_what_vllm_is_started_with(tmp_path):
+    """Here vllm is a script that prints its options. Those of the command line lead the ones that depend on them."""
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $@"\n')
+    (tmp_path / "vllm").chmod(0o755)
+    settings = fake_gpu(tmp_path, "0, GPU-11, 12000, 12288\n1, GPU-22, 12000, 12288")
+    settings["PATH"] = f"{tmp_path}:{sys.prefix}/bin:{os.environ['PATH']}"
+    settings |= {"VOXTRAL_VENV": str(tmp_path / "none"), "CUDA_VISIBLE_DEVICES": "GPU-2", "PORT": str(free_port())}
+    result = serve("--max-num-seqs", "16", **settings)
+    assert result.stdout.startswith("GPU=1 serve"), result.stderr
+    assert "--max-num-queued-reqs 16" in result.stdout
+    assert "--gpu-memory-utilization" in result.stdout
 
 
 @pytest.mark.parametrize("script", ["serve.sh", "setup.sh", "demo.sh"])
@@ -90,28 +101,9 @@ def test_help(script):
 
 def test_every_variable_of_serve_is_explained():
     text = (ROOT / "serve.sh").read_text()
-    used = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text))
+    used = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text)) | {"CUDA_VISIBLE_DEVICES"}  # read by launch/gpu.py
     explained = set(re.findall(r"^#   ([A-Z][A-Z0-9_]+)", text, re.M))
     assert used == explained
-
-
-def test_setup_again_does_nothing_and_is_quick():
-    result = subprocess.run(["./setup.sh"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert result.returncode == 0
-    assert result.stdout.startswith("already installed; next: ./")
-
-
-def test_setup_refuses_what_cannot_work(tmp_path):
-    fake = tmp_path / "nvidia-smi"
-    fake.write_text("#!/bin/sh\necho 550.54.14\n")
-    fake.chmod(0o755)
-    settings = os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
-    result = subprocess.run(["./setup.sh"], cwd=ROOT, env=settings, capture_output=True, text=True)
-    refused(result, "550.54.14", "580")
-    for script in ("./setup.sh", "./demo.sh"):
-        result = subprocess.run([script, "--nonsense"], cwd=ROOT, capture_output=True, text=True)
-        assert result.returncode == 2
-        assert "unknown option --nonsense" in result.stderr
 
 
 def test_demo():
