@@ -224,14 +224,16 @@ def test_audio_that_nobody_asked_for():
 def test_audio_waits_for_deltas(monkeypatch):
     """No more is received until there is room; 4413 where none comes. A disconnection is heard all the same."""
     monkeypatch.setattr("voxtral_web.limits.STALL_SECONDS", 1.0)
+    monkeypatch.setattr("voxtral_web.limits.AHEAD_BYTES", 40 * 32000)
     delta = {"type": "websocket.send", "text": '{"type":"transcription.delta","delta":""}'}
+    busy = {"type": "websocket.send", "text": '{"type":"error","error":"busy","code":"processing_error"}'}
 
     async def run() -> None:
         wire = Wire(START, *[SECOND] * 100)
         connection = limited(wire)
         await drain(connection)
         held = 100 - wire.incoming.qsize()
-        assert 32 < held < 36
+        assert held == 40
         receiving = asyncio.create_task(connection.receive())
         for _ in range(12 * 13):
             await connection.send(delta)
@@ -247,6 +249,11 @@ def test_audio_waits_for_deltas(monkeypatch):
         while not wire.sent:
             await connection.receive()
         assert wire.sent[-1]["code"] == 4413
+
+        connection = limited(wire := Wire(START, *[SECOND] * 38))
+        await drain(connection)
+        await connection.send(busy)  # more than may wait without a transcription
+        assert (await connection.receive())["code"] == 4413
 
         wire = Wire(START, *[SECOND] * 40)
         connection = limited(wire)

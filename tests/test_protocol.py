@@ -422,7 +422,7 @@ def test_engine_dies(small):
 
 
 def test_pings_without_a_pong(silent):
-    """The server sends pings; 60 s without an answer, and it closes with 1011."""
+    """The server sends pings; 20 s without an answer, and it closes with 1011."""
     silent.settimeout(120)
     stream = silent.makefile("rb")
     while stream.readline() != b"\r\n":

@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import refuse
-from .limits import MESSAGE_BYTES, PONG_SECONDS, Limited
+from .limits import MESSAGE_BYTES, Limited
 
 ROUTES = set("/v1/realtime /v1/models /v1/audio/transcriptions /captions /health /metrics /version /ping".split())
 FOLDERS = ("/captions/", "/metrics/")
@@ -76,12 +76,12 @@ class Guard:
         await self._serve(scope, receive, send, PROTOCOL if PROTOCOL in offered else None)
 
     def _configure(self, state: object) -> None:
-        """Take over what only the started server knows. vLLM has no options for uvicorn's WebSockets."""
+        """Take over what only the started server knows. vLLM has no option for uvicorn's longest message."""
         if args := getattr(state, "args", None):
             slots = (getattr(args, "max_num_seqs", None) or 0) * (getattr(args, "data_parallel_size", None) or 1)
             self.per_address = max(SOCKETS_PER_ADDRESS, 2 * slots)
         if server := getattr(state, "server", None):
-            server.config.ws_max_size, server.config.ws_ping_timeout = MESSAGE_BYTES, PONG_SECONDS
+            server.config.ws_max_size = MESSAGE_BYTES
 
     async def _serve(self, scope: Scope, receive: Receive, send: Send, protocol: str | None) -> None:
         """Run a WebSocket within its limits."""

@@ -7,13 +7,14 @@ from collections.abc import Callable
 from starlette.types import Message, Receive, Send
 
 MESSAGE_BYTES = 2**20  # of JSON: 24 s of audio
-WAITING_BYTES = 2**20  # of audio that is not yet understood: 33 s; vLLM needs twice that to hold it
+# Of audio that is not yet understood; vLLM needs twice that to hold it. While no transcription goes on: 33 s.
+# While one does: 8.7 minutes, so much because a client that is made to wait may take its own pings for lost.
+WAITING_BYTES, AHEAD_BYTES = 2**20, 2**24
 FRAME_BYTES = 2560  # PCM16 behind one delta: 80 ms at 16 kHz
 # What vLLM's queue holds for a message beside its audio: an array of one sample takes more than a hundred bytes.
 LEAST_AUDIO_BYTES, OTHER_BYTES = 256, 64
 STALL_SECONDS = 30  # without a delta while audio waits
-PONG_SECONDS = 60  # while no more is received, a pong waits behind the audio: uvicorn's 20 s are too few
-FIRST_AUDIO_SECONDS = 90
+FIRST_AUDIO_SECONDS = 60  # more than the 40 s after which uvicorn closes one that answers no ping
 
 # 4000 to 4999 are the applications' own (RFC 6455); 408 is HTTP's Request Timeout, 413 its Content Too Large.
 IDLE_CODE, FULL_CODE = 4408, 4413
@@ -24,8 +25,9 @@ class Limited:
 
     - Nothing came or went for `idle` seconds (0: never): 4408. Messages to the client count too: a program may
       send its whole file and then only listen. Until the first audio the limit is FIRST_AUDIO_SECONDS, if that is less.
-    - More than WAITING_BYTES wait: no more is received until deltas come, and TCP makes the client wait. Where none
-      come for STALL_SECONDS, or the transcription has not begun and none can come: 4413.
+    - More than WAITING_BYTES wait, and no transcription goes on: 4413.
+    - More than AHEAD_BYTES wait: no more is received until deltas come, and TCP makes the client wait. Where none
+      come for STALL_SECONDS: 4413.
 
     `audio_came` is called once. `heard`: was it?
     """
@@ -41,7 +43,7 @@ class Limited:
 
     async def receive(self) -> Message:
         """Return the client's next message, or its disconnection once a limit is passed."""
-        if self._waiting > WAITING_BYTES and not (self._begun and await self._room()):
+        if not await self._room():
             return await self._close(FULL_CODE, f"{self._waiting} bytes of audio wait, and no transcription goes on")
         clock = asyncio.get_running_loop().time
         self._last = clock()
@@ -78,6 +80,8 @@ class Limited:
                 self._waiting = max(0, self._waiting - FRAME_BYTES)
             elif '"type":"transcription.done"' in text:
                 self._waiting, self._begun = 0, False  # vLLM empties its queue
+            elif '"type":"error"' in text and '"code":"processing_error"' in text:
+                self._begun = False  # all slots are taken, or the engine has failed
             self._moved.set()
 
     def _limit(self) -> float:
@@ -85,15 +89,15 @@ class Limited:
         return self._idle if self.heard else min(FIRST_AUDIO_SECONDS, self._idle or FIRST_AUDIO_SECONDS)
 
     async def _room(self) -> bool:
-        """Wait until less audio waits; return False if that does not change."""
-        while self._waiting > WAITING_BYTES and self._begun and not self._closed:
+        """Wait until there is room for more audio; return False if there will be none."""
+        while self._begun and self._waiting > AHEAD_BYTES and not self._closed:
             self._moved.clear()
             try:
                 async with asyncio.timeout(STALL_SECONDS):
                     await self._moved.wait()
             except TimeoutError:
                 return False
-        return True
+        return self._begun or self._waiting <= WAITING_BYTES or self._closed
 
     def _count(self, text: str | None) -> None:
         """Book what vLLM will queue for a message."""
