@@ -16,8 +16,9 @@ class Frames(list):
 
 
 class Spent(int):
-    """What remains of a frame that is in the KV cache: its position (in tokens), in 32 bytes that the garbage collector
-    does not look at. It has the attributes of MultiModalFeatureSpec and PlaceholderRange that are read of such a frame.
+    """What remains of a frame that is in the KV cache: its position in tokens, in 44 bytes.
+
+    It has the attributes of MultiModalFeatureSpec and PlaceholderRange that are read of such a frame.
     """
 
     __slots__ = ()

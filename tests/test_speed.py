@@ -1,0 +1,194 @@
+"""The speed patches: the same text with and without them, what a session costs, what happens without memory."""
+
+import asyncio
+import importlib
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import soundfile
+from conftest import CHECKPOINT, ROOT, ServerProcess, run_script
+
+sys.path.insert(0, str(ROOT / "vllm_plugin"))
+voxtral_speed = importlib.import_module("voxtral_speed")
+frames = importlib.import_module("voxtral_speed.frames")
+
+SAMPLE = CHECKPOINT / "sample.wav"
+TEXT = (CHECKPOINT / "sample.txt").read_text().split()
+ON_A_CPU = [name for name in voxtral_speed.ENGINE if name != "rows"]
+
+
+def words(server: ServerProcess, audio: Path = SAMPLE, *options: str) -> subprocess.CompletedProcess:
+    return run_script("test_file_transcribe.py", audio, "--url", server.url, "--parallel", "1", *options)
+
+
+def test_all_patches_are_on(server):
+    """On the pinned vLLM each finds what it was written for, and the sessions of the warm-up went through."""
+    log = server.log.read_text(errors="replace")
+    if not log:
+        pytest.skip("the server was started by somebody else")
+    assert "Speed patches: " + ", ".join(ON_A_CPU) in log
+    assert "speed patch" not in log
+    assert "Warmed up by 5 sessions" in log
+    assert words(server).stdout.split() == TEXT
+
+
+def test_without_patches_the_text_is_the_same(tmp_path):
+    stock = ServerProcess(tmp_path / "log", VOXTRAL_SPEED="0", MAX_MODEL_LEN="1024", MAX_NUM_SEQS="4")
+    try:
+        stock.start().wait()
+        assert words(stock).stdout.split() == TEXT
+        assert "Speed patches" not in stock.log.read_text(errors="replace")
+    finally:
+        stock.kill()
+
+
+def test_memory_for_sessions_runs_out(tmp_path):
+    """More sessions than the KV cache holds: some end with an error and go on, none is lost or silent."""
+    audio = tmp_path / "longer.wav"
+    samples, rate = soundfile.read(SAMPLE, dtype="int16")
+    soundfile.write(audio, np.resize(samples, 2 * len(samples)), rate)
+    small = ServerProcess(tmp_path / "log", "--num-gpu-blocks-override", "16", MAX_MODEL_LEN="1024", MAX_NUM_SEQS="8")
+    try:
+        small.start().wait()
+        command = [sys.executable, ROOT / "test_file_transcribe.py", audio, "--url", small.url, "--parallel", "1"]
+        clients = [
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(6)
+        ]
+        ends = [client.communicate(timeout=400) for client in clients]
+        assert [client.returncode for client in clients] == [0] * 6
+        assert all(out.split() == TEXT * 2 for out, _ in ends)
+        assert "memory for sessions is full" in small.log.read_text(errors="replace")
+        assert small.healthy()
+    finally:
+        small.kill()
+
+
+def test_names_of_patches():
+    everything = list(voxtral_speed.PATCHES)
+    assert voxtral_speed.wanted("") == voxtral_speed.wanted("1") == everything
+    assert voxtral_speed.wanted("0") == []
+    assert voxtral_speed.wanted("rows,features") == ["features", "rows"]
+    assert voxtral_speed.wanted("-rows") == [name for name in everything if name != "rows"]
+    with pytest.raises(ValueError, match="no patch raws; there are"):
+        voxtral_speed.wanted("-raws")
+
+
+def test_another_source_is_noticed():
+    voxtral_speed.expect(words, voxtral_speed.source_digest(words))
+    with pytest.raises(voxtral_speed.Unexpected, match="words has another source"):
+        voxtral_speed.expect(words, "0123456789ab")
+
+
+def test_spent_frames_keep_their_place():
+    """vLLM finds frames by bisection over their positions; spent ones are one small number each."""
+    from vllm.multimodal.utils import get_mm_features_in_window
+
+    first = SimpleNamespace(mm_position=SimpleNamespace(offset=0, length=39))
+    session = frames.Frames([first, *map(frames.Spent, range(39, 2039))])
+    assert get_mm_features_in_window(session, 1000, 1001) == (962, 963)
+    assert get_mm_features_in_window(session, 10, 40) == (0, 2)
+    assert session[5].data is None and sys.getsizeof(session[5]) < 64
+
+
+def test_tokens_follow_a_list_without_converting_it_again():
+    tokens = importlib.import_module("voxtral_speed.tokens").Tokens()
+    known: list[int] = []
+    for length in (39, 40, 41, 1500, 1501, 5000):
+        known += range(len(known), length)
+        assert tokens.follow(known).tolist() == known
+
+
+def test_tokens_in_advance():
+    """The second frame waits for the first token; then some frames may be sent before their tokens come."""
+    ahead = importlib.import_module("voxtral_speed.ahead")
+
+    async def run() -> None:
+        queue: asyncio.Queue[list[int]] = asyncio.Queue()
+        credit = ahead.Credit(queue)
+        first = asyncio.ensure_future(credit.get())
+        await asyncio.sleep(0)
+        assert not first.done()
+        queue.put_nowait([7])
+        assert await first == [ahead.ANY]
+        for _ in range(ahead.AHEAD - 1):
+            await asyncio.wait_for(credit.get(), 1)
+        blocked = asyncio.ensure_future(credit.get())
+        await asyncio.sleep(0)
+        assert not blocked.done()
+        queue.put_nowait([8])
+        await asyncio.wait_for(blocked, 1)
+
+    asyncio.run(run())
+
+
+def test_step_of_single_frames_is_known():
+    """Audio comes in the batch's order, and only where each request of the step is one new frame."""
+    encode = importlib.import_module("voxtral_speed.encode")
+
+    def feature(number: int, length: int = 2160):
+        return SimpleNamespace(data={"audio_arrays": SimpleNamespace(data=np.full(length, number))})
+
+    features = {"a": [feature(0), feature(1)], "b": [feature(2)], "c": [feature(3, 51_000)]}
+    batch = SimpleNamespace(req_ids=["b", "a"], num_tokens=2)
+    assert [frame[0] for frame in encode.single_frames(features, {"a": [1], "b": [0]}, batch)] == [2, 1]
+    assert encode.single_frames(features, {"a": [1]}, batch) is None
+    assert encode.single_frames(features, {"a": [0, 1], "b": [0]}, batch) is None
+    longer = SimpleNamespace(req_ids=["b", "c"], num_tokens=2)
+    assert encode.single_frames(features, {"b": [0], "c": [0]}, longer) is None
+    chunk = SimpleNamespace(req_ids=["b", "a"], num_tokens=40)
+    assert encode.single_frames(features, {"a": [1], "b": [0]}, chunk) is None
+
+
+def test_sessions_keep_their_rows():
+    """What the worker on a GPU is told of a session that goes on: one token, and blocks that are new."""
+    rows = importlib.import_module("voxtral_speed.rows")
+    staged: list[tuple] = []
+
+    class Table:
+        def __init__(self, name):
+            self.name = name
+
+        def stage_write(self, row, start, content):
+            staged.append((self.name, row, start, list(content)))
+
+        def stage_write_elem(self, row, value):
+            staged.append((self.name, row, value))
+
+    array = {name: np.zeros(4, np.int32) for name in ("max", "prompt", "prefill", "computed", "all")}
+    states = SimpleNamespace(
+        req_id_to_index={"a": 2},
+        max_seq_len=array["max"],
+        prompt_len=SimpleNamespace(np=array["prompt"]),
+        prefill_len=SimpleNamespace(np=array["prefill"]),
+        num_computed_prefill_tokens=array["computed"],
+        num_computed_tokens_np=array["all"],
+        total_len=Table("total"),
+        num_computed_tokens=Table("computed"),
+        all_token_ids=Table("tokens"),
+    )
+    array["prefill"][2] = 64
+    counts = np.array([[0, 0, 1, 0], [0, 0, 4, 0]], np.int32)
+    tables = SimpleNamespace(num_blocks=SimpleNamespace(np=counts), block_tables=[Table("decoder"), Table("encoder")])
+    cache = SimpleNamespace(mm_features={})
+    runner = SimpleNamespace(req_states=states, block_tables=tables, encoder_cache=cache)
+    request = SimpleNamespace(
+        req_id="a",
+        mm_features=frames.Frames(),
+        num_computed_tokens=64,
+        prompt_len=65,
+        prefill_token_ids=list(range(65)),
+        block_ids=([9], [1, 2, 3, 4, 5]),
+        sampling_params=SimpleNamespace(max_tokens=1),
+    )
+    assert rows.goes_on(runner, request)
+    rows.continue_sessions(runner, [request])
+    assert staged == [("total", 2, 65), ("computed", 2, 64), ("tokens", 2, 64, [64]), ("encoder", 2, 4, [5])]
+    assert counts[:, 2].tolist() == [1, 5] and array["prefill"][2] == 65 and array["max"][2] == 66
+    request.num_computed_tokens = 70  # tokens that the row never saw
+    assert not rows.goes_on(runner, request)
+    request.req_id = "b"
+    assert not rows.goes_on(runner, request)
