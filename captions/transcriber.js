@@ -7,7 +7,7 @@ import { FRAME, RATE, Timeline, UNANSWERED_SECONDS } from "./timeline.js";
 const AHEAD = 5 * RATE; // audio in flight: enough to keep the server busy, little to send again
 const PIECE = RATE / 4; // audio in one message at most
 const ROLLOVER_SECONDS = 75; // on a stock server a frame costs more with every frame before it
-const FLAT_ROLLOVER_SECONDS = 600; // where it does not: eight sessions of that length fit beside each other on 12 GB
+const FLAT_ROLLOVER_SECONDS = 300; // where it does not: eight sessions of that length fit beside each other on 12 GB
 const STALL_SECONDS = 20; // a loaded server answers within 1 s; a first request may compile for some more
 const RUT_SECONDS = 20; // speech without a word: nobody talks so long without one
 const RUT_MAX_SECONDS = 80; // music and noise are examined less and less often

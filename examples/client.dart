@@ -24,7 +24,7 @@ const piece = rate ~/ 4; // audio in one message, at most
 const settleAfter = 4 * frame; // a word's text comes within 0.32 s of its end
 const pause = 3 * frame; // silence wanted on either side of a settled point
 const rollover = 75 * rate; // a session of stock vLLM gets slower with every frame: a new one at the next pause
-const flatRollover = 600 * rate; // where it does not, as /v1/models then says
+const flatRollover = 300 * rate; // where it does not, as /v1/models then says
 const answer = Duration(seconds: 10), stall = Duration(seconds: 20), giveUp = Duration(minutes: 2);
 // Chinese and Japanese are written without spaces.
 final unspaced = RegExp(

@@ -17,7 +17,7 @@ const PIECE = RATE / 4; // audio in one message, at most
 const SETTLE = 4 * FRAME; // a word's text comes within 0.32 s of its end
 const PAUSE = 3 * FRAME; // silence wanted on either side of a settled point
 const ROLLOVER = 75 * RATE; // a session of stock vLLM gets slower with every frame: a new one at the next pause
-const FLAT_ROLLOVER = 600 * RATE; // where it does not, as /v1/models then says
+const FLAT_ROLLOVER = 300 * RATE; // where it does not, as /v1/models then says
 const ANSWER = 10e3, STALL = 20e3, GIVE_UP = 120e3; // ms
 // Chinese and Japanese are written without spaces.
 const UNSPACED =

@@ -27,7 +27,7 @@ from .timeline import UNANSWERED_SECONDS, Timeline, Word
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
 PIECE = RATE // 4  # audio in one message at most
 ROLLOVER_SECONDS = 75.0  # on a stock server a frame costs more with every frame before it (README, "Long sessions")
-FLAT_ROLLOVER_SECONDS = 600.0  # where it does not: eight sessions of that length still fit beside each other on 12 GB
+FLAT_ROLLOVER_SECONDS = 300.0  # where it does not: eight sessions of that length still fit beside each other on 12 GB
 STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
 RUT_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
 RUT_MAX_SECONDS = 80.0  # music and noise are examined less and less often; three times this must fit KEEP
