@@ -7,9 +7,10 @@
 import asyncio
 import base64
 import contextlib
-import importlib.util
+import importlib
 import json
 import mimetypes
+import sys
 import threading
 from collections.abc import Callable, Iterator
 
@@ -21,6 +22,8 @@ from websockets.http11 import Request, Response
 
 from voxtral_client.audio import RATE
 from voxtral_client.session import FRAME, Done, Lost
+
+sys.path.insert(0, str(ROOT / "vllm_plugin"))
 
 FLUSH = 10  # deltas that follow the end of the audio
 
@@ -226,13 +229,11 @@ def reply(status: int, body: bytes, kind: str = "application/json", **more: str)
 
 def page(name: str) -> Response:
     """A file of captions/, with the headers that vllm_plugin/voxtral_web/page.py gives it."""
-    spec = importlib.util.spec_from_file_location("page", ROOT / "vllm_plugin" / "voxtral_web" / "page.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    headers = importlib.import_module("voxtral_web.page").HEADERS  # of this tree
     path = ROOT / "captions" / name
     if not path.is_file():
         return reply(404, b"")
-    return reply(200, path.read_bytes(), mimetypes.guess_type(name)[0] or "", **module.HEADERS)
+    return reply(200, path.read_bytes(), mimetypes.guess_type(name)[0] or "", **headers)
 
 
 @contextlib.contextmanager
