@@ -255,7 +255,7 @@ def test_audio_waits_for_deltas(monkeypatch):
         await connection.send(busy)  # more than may wait without a transcription
         assert (await connection.receive())["code"] == 4413
 
-        wire = Wire(START, *[SECOND] * 40)
+        wire = Wire(START, *[SECOND] * 50)
         connection = limited(wire)
         await drain(connection)
         connection._send = None  # the client is gone: uvicorn raises
