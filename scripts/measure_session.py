@@ -19,10 +19,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from voxtral_client.audio import RATE, stream  # noqa: E402
+from voxtral_client.audio import stream  # noqa: E402
 from voxtral_client.cli import add_server_options, run, seconds, server_from  # noqa: E402
 from voxtral_client.media import AudioFile  # noqa: E402
-from voxtral_client.session import FRAME  # noqa: E402
+from voxtral_client.protocol import FRAME, RATE  # noqa: E402
 from voxtral_client.transcriber import Transcriber  # noqa: E402
 
 

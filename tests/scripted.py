@@ -20,8 +20,8 @@ from conftest import ROOT
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
-from voxtral_client.audio import RATE
-from voxtral_client.session import FRAME, Done, Lost
+from voxtral_client.protocol import FRAME, RATE
+from voxtral_client.session import Done, Lost
 
 sys.path.insert(0, str(ROOT / "vllm_plugin"))
 

@@ -14,11 +14,11 @@ import pytest
 from conftest import CHECKPOINT, ROOT, free_port, run_script
 from scripted import Scripted
 
-import benchmark
-from voxtral_client.figures import find_limit, holds, spread, summary
-from voxtral_client.load import FRAME, Stream
-from voxtral_client.plot import svg
 from voxtral_client.session import Server
+from voxtral_measure import benchmark
+from voxtral_measure.figures import find_limit, holds, spread, summary
+from voxtral_measure.load import FRAME, Stream
+from voxtral_measure.plot import svg
 
 
 class Clock(asyncio.SelectorEventLoop):

@@ -28,8 +28,9 @@ from scripted import Ear, Scripted, ScriptedServer, tones
 from speech import talk, write
 from test_timeline import Model, audio_of
 
-from voxtral_client.audio import RATE, to_pcm16
-from voxtral_client.session import FRAME, Lost, Server
+from voxtral_client.audio import to_pcm16
+from voxtral_client.protocol import FRAME, RATE
+from voxtral_client.session import Lost, Server
 from voxtral_client.timeline import Timeline
 
 IDLE_SECONDS = 6

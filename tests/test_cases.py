@@ -18,8 +18,9 @@ import soundfile
 from conftest import CHECKPOINT, ROOT, run_script
 
 from voxtral_client import wav
-from voxtral_client.audio import RATE, AudioError
+from voxtral_client.audio import AudioError
 from voxtral_client.media import AudioFile, is_audio
+from voxtral_client.protocol import RATE
 
 SAMPLE = CHECKPOINT / "sample.wav"
 TEXT = (CHECKPOINT / "sample.txt").read_text().strip()
@@ -291,7 +292,7 @@ def test_a_wav_header_beyond_4_gib_is_read_again():
 def test_folders_are_searched_by_what_is_in_the_files(tmp_path):
     """A container by any name is found; hidden files and AppleDouble's are not; links are followed, once."""
     sys.path.insert(0, str(ROOT))
-    from test_file_transcribe import find
+    from voxtral_client.files import find
 
     talks = tmp_path / "talks"
     (talks / ".git").mkdir(parents=True)

@@ -12,9 +12,9 @@ from conftest import ROOT, run_script
 from speaker import speaking
 from speech import talk, write
 
-import evaluate
-from voxtral_client import UserError, errors
-from voxtral_client.corpus import utterances
+from voxtral_client import UserError
+from voxtral_measure import evaluate, word_errors
+from voxtral_measure.corpus import utterances
 
 
 def fill(folder, files: dict[str, str]):
@@ -97,34 +97,39 @@ def test_corpora_that_make_no_sense(tmp_path, name, text, said):
 )
 def test_counts(reference, hypothesis, words, substitutions, deletions, insertions):
     wanted = {"words": words, "substitutions": substitutions, "deletions": deletions, "insertions": insertions}
-    assert errors.count(reference, hypothesis) == wanted
+    assert word_errors.count(reference, hypothesis) == wanted
 
 
 def test_sums_weigh_words_not_files():
-    counts = [errors.count("a b c d e f g h", "a b c d e f g h"), errors.count("a b", "x y z"), errors.count("", "a")]
-    assert errors.add(counts) == {
+    counts = [
+        word_errors.count("a b c d e f g h", "a b c d e f g h"),
+        word_errors.count("a b", "x y z"),
+        word_errors.count("", "a"),
+    ]
+    assert word_errors.add(counts) == {
         "files": 3, "words": 10, "substitutions": 2, "deletions": 0, "insertions": 2, "wer": 0.4
     }  # fmt: skip
-    assert errors.add([errors.count("", "a")])["wer"] is None
+    assert word_errors.add([word_errors.count("", "a")])["wer"] is None
 
 
 def test_normalisation():
     assert (
-        errors.normalizer("english")("Mr. Brown's  colour, isn't it? Twenty-one!")
+        word_errors.normalizer("english")("Mr. Brown's  colour, isn't it? Twenty-one!")
         == "mister brown is color is not it 21"
     )
-    assert errors.normalizer("basic")("Größe, zwei;  DREI!") == "größe zwei drei"
-    assert errors.normalizer("none")("As  it,\nis.") == "As it, is."
+    assert word_errors.normalizer("basic")("Größe, zwei;  DREI!") == "größe zwei drei"
+    assert word_errors.normalizer("none")("As  it,\nis.") == "As it, is."
 
 
 def kept(tmp_path, name: str, hypotheses: list[str], normalize: str = "basic"):
     references = ["a b c d e", "f g h i j", "k l m n o"]
     files = [
-        {"name": f"{i}.wav", "group": "ann" if i < 2 else "bob", "reference": r, "hypothesis": h} | errors.count(r, h)
+        {"name": f"{i}.wav", "group": "ann" if i < 2 else "bob", "reference": r, "hypothesis": h}
+        | word_errors.count(r, h)
         for i, (r, h) in enumerate(zip(references, hypotheses, strict=True))
     ]
     path = tmp_path / name
-    path.write_text(json.dumps({"normalize": normalize, "files": files, "all": errors.add(files)}))
+    path.write_text(json.dumps({"normalize": normalize, "files": files, "all": word_errors.add(files)}))
     return str(path)
 
 
@@ -143,10 +148,12 @@ def test_compare(tmp_path, capsys):
 
 
 def test_interval_tells_luck_from_difference():
-    one = [({"words": 10} | dict.fromkeys(errors.KINDS, 0), errors.count("a " * 10, "a " * 9)) for _ in range(30)]
-    assert errors.interval(one) == pytest.approx((0.1, 0.1))
+    one = [
+        ({"words": 10} | dict.fromkeys(word_errors.KINDS, 0), word_errors.count("a " * 10, "a " * 9)) for _ in range(30)
+    ]
+    assert word_errors.interval(one) == pytest.approx((0.1, 0.1))
     mixed = one + [(b, a) for a, b in one]
-    low, high = errors.interval(mixed)
+    low, high = word_errors.interval(mixed)
     assert -0.05 < low < 0 < high < 0.05
 
 

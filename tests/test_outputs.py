@@ -17,7 +17,8 @@ import webvtt
 from conftest import CHECKPOINT, ROOT, run_script
 from speech import talk, write
 
-from voxtral_client.subtitles import COLUMNS, LINES, LONGEST, SHORTEST, writer_for
+from voxtral_client.outputs import writer_for
+from voxtral_client.subtitles import LIMITS, LONGEST, SHORTEST
 from voxtral_client.timeline import Word
 
 TEXT = (CHECKPOINT / "sample.txt").read_text().strip()
@@ -81,8 +82,8 @@ def check_cues(cues: list[tuple[float, float, str]]) -> None:
     for start, end, content in cues:
         assert SHORTEST - 1e-6 <= end - start <= LONGEST + 1e-6
         lines = content.split("\n")
-        assert len(lines) <= LINES
-        assert max(map(len, lines)) <= COLUMNS
+        assert len(lines) <= LIMITS.lines
+        assert max(map(len, lines)) <= LIMITS.columns
     for (_, end, _), (start, _, _) in pairwise(cues):
         assert end <= start
 

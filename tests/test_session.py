@@ -14,7 +14,8 @@ from conftest import ROOT, free_port
 from scripted import Ear, Scripted, ScriptedServer, scripted, tones
 
 from voxtral_client import session
-from voxtral_client.audio import RATE, to_pcm16
+from voxtral_client.audio import to_pcm16
+from voxtral_client.protocol import RATE
 from voxtral_client.proxies import proxy_for
 from voxtral_client.session import Lost, Refused, Server
 from voxtral_client.timeline import Word

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from voxtral_client.audio import RATE, to_pcm16
-from voxtral_client.session import FRAME
+from voxtral_client.audio import to_pcm16
+from voxtral_client.protocol import FRAME, RATE
 from voxtral_client.timeline import Timeline
 
 DELAY = 6 * FRAME

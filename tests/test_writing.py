@@ -21,9 +21,9 @@ from conftest import CHECKPOINT, ROOT, run_script
 from speaker import speaking
 from speech import talk, write
 
-from voxtral_client.audio import RATE
 from voxtral_client.media import AudioFile
 from voxtral_client.pool import HELD, Pool, cut, limits
+from voxtral_client.protocol import RATE
 from voxtral_client.recording import Recording
 from voxtral_client.session import Server
 from voxtral_client.transcriber import Transcriber

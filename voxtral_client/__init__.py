@@ -4,6 +4,8 @@
 transcription that survives its sessions. Nothing here imports torch or vllm.
 """
 
+__version__ = "1.0.0"
+
 
 class UserError(Exception):
     """Something that the user can change; the message is one line that says what."""

@@ -10,8 +10,8 @@ import numpy as np
 import soxr
 
 from . import UserError
+from .protocol import RATE
 
-RATE = 16_000  # samples a second, the only rate the model knows
 CHUNK_SECONDS = 0.1
 CANCELLED = 0.05  # of the channels' power is left: one is the other upside down (unlike channels leave half)
 

@@ -11,9 +11,12 @@ import sys
 import threading
 import traceback
 from collections.abc import Awaitable, Callable
+from typing import Any
 
-from . import UserError
-from .session import DEFAULT_URL, Lost, Refused, Server
+from . import UserError, __version__
+from .protocol import DEFAULT_URL
+from .session import Lost, Refused, Server
+from .subtitles import LIMITS
 from .transcriber import GIVE_UP_SECONDS, GaveUp
 
 GRACE_SECONDS = 0.5  # for the last words after SIGTERM
@@ -25,6 +28,42 @@ def seconds(text: str) -> float:
     if not value > 0:
         raise argparse.ArgumentTypeError(f"{text}: must be more than 0 seconds")
     return value
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that knows --version, and takes each long option with - or _ between its words."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+        self.add_argument("--version", action="version", version=__version__)
+
+    def parse_args(self, args: list[str] | None = None, namespace: argparse.Namespace | None = None) -> Any:
+        written = {option.replace("_", "-"): option for option in self._option_string_actions}
+
+        def known(argument: str) -> str:
+            name, equals, value = argument.partition("=")
+            return written.get(name.replace("_", "-"), name) + equals + value if name[:2] == "--" else argument
+
+        return super().parse_args([known(argument) for argument in (sys.argv[1:] if args is None else args)], namespace)
+
+
+def add_cue_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that limit the size of a subtitle; they hold for the whole process."""
+
+    class Limit(argparse.Action):
+        def __call__(self, parser: Any, namespace: Any, value: int, option: str | None = None) -> None:
+            if value < 1:
+                parser.error(f"{option} must be 1 or more")
+            setattr(LIMITS, self.dest, value)
+
+    most = {"action": Limit, "type": int, "metavar": "N"}
+    parser.add_argument(
+        "--max_line_width",
+        dest="columns",
+        help=f"characters in a line of a subtitle (default: {LIMITS.columns})",
+        **most,
+    )
+    parser.add_argument("--max_line_count", dest="lines", help=f"lines of a subtitle (default: {LIMITS.lines})", **most)
 
 
 def add_server_options(parser: argparse.ArgumentParser) -> None:
@@ -40,7 +79,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=GIVE_UP_SECONDS,
         metavar="SECONDS",
-        help="stop after so long without an answer (default: %(default).0f)",
+        help="stop after so long without anything new understood (default: %(default).0f)",
     )
 
 

@@ -17,7 +17,8 @@ import av
 import numpy as np
 
 from . import wav
-from .audio import CHUNK_SECONDS, RATE, AudioError, Resampler
+from .audio import CHUNK_SECONDS, AudioError, Resampler
+from .protocol import RATE
 
 GAP = 0.1  # seconds between the container's clock and the samples that are no rounding or jitter
 DAMAGED_GAP = 0.02  # the same behind damage

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .audio import CHUNK_SECONDS, RATE, AudioError, Resampler
+from .audio import CHUNK_SECONDS, AudioError, Resampler
+from .protocol import RATE
 
 IDLE_SECONDS = 2.0  # no block for so long: the device is gone
 LOOKS = 4  # in so many parts: a program that stood still looks once after it, before the blocks of that time are in

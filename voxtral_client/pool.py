@@ -14,9 +14,10 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from . import UserError
-from .audio import RATE, stream, threaded
+from .audio import stream, threaded
 from .cli import fault
 from .media import AudioSource
+from .protocol import RATE
 from .session import Lost, Refused
 from .timeline import HOP, Word
 from .transcriber import GaveUp, Transcriber

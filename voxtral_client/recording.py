@@ -6,7 +6,7 @@ import numpy as np
 import soundfile
 
 from . import UserError, wav
-from .audio import RATE
+from .protocol import RATE
 
 
 class Recording:

@@ -24,10 +24,9 @@ from urllib.parse import urlsplit, urlunsplit
 
 import websockets
 
+from .protocol import DEFAULT_URL
 from .proxies import proxy_for, through
 
-FRAME = 1280  # samples of audio behind one delta: 80 ms at 16 kHz
-DEFAULT_URL = "ws://localhost:8000/v1/realtime"
 ANSWER_SECONDS = 10.0  # for the handshake, for session.created, for /v1/models: a server that is well needs none
 
 

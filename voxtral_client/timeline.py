@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .audio import RATE
-from .session import FRAME
+from .protocol import FRAME, RATE
 
 HOP = 320  # samples of one level reading: 20 ms
 SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, then a piece a frame

@@ -20,8 +20,8 @@ import random
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 
-from .audio import RATE
-from .session import FRAME, Done, Lost, Server, Session
+from .protocol import FRAME, RATE
+from .session import Done, Lost, Server, Session
 from .timeline import UNANSWERED_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again

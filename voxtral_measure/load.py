@@ -1,6 +1,6 @@
 """Live streams for a benchmark: audio paced as by microphones, and the lag of every frame.
 
-    python -m voxtral_client.load        one process of benchmark.py
+    python -m voxtral_measure.load        one process of benchmark.py
 
 reads a job (a line of JSON) on stdin, writes "ready", waits for a line, and writes its results as a
 line of JSON. Sessions are raw: one that breaks is not resumed but counted, with the reason.
@@ -20,10 +20,11 @@ import sys
 import time
 from dataclasses import dataclass, field
 
-from .audio import RATE, AudioError
-from .cli import server_from
-from .media import AudioFile
-from .session import FRAME, Done, Lost, Refused, Server, Session
+from voxtral_client.audio import AudioError
+from voxtral_client.cli import server_from
+from voxtral_client.media import AudioFile
+from voxtral_client.protocol import FRAME, RATE
+from voxtral_client.session import Done, Lost, Refused, Server, Session
 
 CHUNK = FRAME / RATE  # seconds of audio in a message: a frame, so that each delta waits for a message of its own
 AUDIO_SECONDS = 300  # of the files given: enough variety, and it stays in memory

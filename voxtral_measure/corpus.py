@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from . import UserError
+from voxtral_client import UserError
 
 AUDIO_NAMES = ("audio", "path", "file", "audio_filepath", "audio_path", "filename", "file_name", "wav")
 TEXT_NAMES = ("text", "sentence", "transcript", "transcription", "reference")

@@ -20,7 +20,7 @@ def spread(lags: list[float]) -> dict[str, float] | None:
 
 
 def summary(results: list[dict], streams: int, begin: float, end: float, paced: bool = True) -> dict:
-    """Return the figures of one run from the results of its processes (voxtral_client.load.run).
+    """Return the figures of one run from the results of its processes (voxtral_measure.load.run).
 
     All streams were there from `begin` to `end` (seconds from the job's start); the last quarter is that of this span.
     Only paced streams have a lag.
