@@ -330,7 +330,8 @@ def test_javascript(base, javascript, recording, by_file_client):
     assert found["errors"] == [[404, "NotFoundError", "model"], [400, "BadRequestError", "response_format"]]
 
 
-DOCUMENT = (ROOT / "docs" / "clients.md").read_text().split("\n## From any app that knows OpenAI's API\n")[1].split("\n## ")[0]
+DOCUMENT = (ROOT / "docs" / "clients.md").read_text()
+DOCUMENT = DOCUMENT.split("\n## From any app that knows OpenAI's API\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
