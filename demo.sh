@@ -10,20 +10,20 @@ esac
 
 VOXTRAL_VENV=$(scripts/cpu-venv)
 export VOXTRAL_VENV
-export CUDA_VISIBLE_DEVICES= # on the CPU, whatever else is here
+export CUDA_VISIBLE_DEVICES= # run on the CPU, even if there is a GPU
 ./setup.sh --is-current 2> /dev/null || ./setup.sh --cpu >&2
 python=$VOXTRAL_VENV/bin/python
 port=$($python -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 log=$(mktemp)
 sample=tests/tiny_checkpoint/sample
 
-unset TLS_CERT TLS_KEY TRANSCRIPTION_DELAY_MS QUANTIZATION SERVED_MODEL_NAME # exported for a server of the user's
+unset TLS_CERT TLS_KEY TRANSCRIPTION_DELAY_MS QUANTIZATION SERVED_MODEL_NAME # the user may have exported them for another server
 MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEMORY_UTILIZATION=0.3 CPU_KVCACHE_GB=1 \
   setsid ./serve.sh > "$log" 2>&1 &
 server=$!
 trap 'kill -- -$server 2> /dev/null || true; wait $server 2> /dev/null || true; rm -f "$log"' EXIT
 echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (half a minute to one)" >&2
-until (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do # vLLM listens when all is ready
+until (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do # vLLM listens when it is ready
   kill -0 $server 2> /dev/null || { tail -n 20 "$log" >&2; echo "error: the server ended; its last lines are above" >&2; exit 1; }
   sleep 0.5
 done

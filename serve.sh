@@ -5,32 +5,35 @@
 #
 # Environment variables and their defaults:
 #   MODEL=mistralai/Voxtral-Mini-4B-Realtime-2602   a repository of the hub, or a folder
-#   MODEL_REVISION         of a repository: commit, tag or branch (default: a fixed commit; of other models main)
-#   SERVED_MODEL_NAME      the name clients use (default: MODEL, of a folder its last part)
-#   HOST=0.0.0.0           every network of this machine; 127.0.0.1 for this machine alone
+#   MODEL_REVISION         commit, tag or branch of the repository (default: a fixed commit; for other models main)
+#   SERVED_MODEL_NAME      the name clients use (default: MODEL; for a folder its last part)
+#   HOST=0.0.0.0           serves all networks of this machine; 127.0.0.1 serves this machine only
 #   PORT=8000
-#   VLLM_API_KEY           the key that clients must bring (default: none is asked for)
-#   TLS_CERT               a certificate: wss:// in place of ws://; scripts/make-certificate makes one
-#   TLS_KEY                and its private key
-#   TRANSCRIPTION_DELAY_MS how long the model listens before it writes: 80 to 1200 in steps of 80, or 2400
+#   VLLM_API_KEY           the key that clients must send (default: no key)
+#   TLS_CERT               a certificate: wss:// instead of ws://; scripts/make-certificate makes one
+#   TLS_KEY                the certificate's private key
+#   TRANSCRIPTION_DELAY_MS how long the model waits before it writes: 80 to 1200 in steps of 80, or 2400
 #                          (default: the model's own, 480); longer is more accurate
 #   QUANTIZATION=bitsandbytes   INT4; none for bf16, or any method of vLLM
-#   VOXTRAL_INT4_ENCODER=1      0 leaves the audio encoder in bf16: 4.3 GiB of weights in place of 3.1
+#   VOXTRAL_INT4_ENCODER=1      0 leaves the audio encoder in bf16: 4.3 GiB of weights instead of 3.1
 #   MAX_MODEL_LEN=32768    longest session in frames of 80 ms: 43 minutes
-#   GPU_MEMORY_UTILIZATION=0.90   share of the GPU's memory to take
+#   GPU_MEMORY_UTILIZATION=0.90   share of the GPU's memory to use
 #   MAX_NUM_SEQS=8         sessions at once; the next one is told that the server is busy
-#   MAX_NUM_BATCHED_TOKENS frames in one step; each costs 2 MiB in every session
-#                          (default: two sessions that begin beside all others: 88 for MAX_NUM_SEQS=8)
-#   VOXTRAL_SPEED=1        0 leaves vLLM's realtime path as it is, slower with every minute of a session; a list of
-#                          names turns on only these patches, with "-" before them all but these (vllm_plugin/voxtral_speed)
+#   MAX_NUM_BATCHED_TOKENS frames in one step; each frame reserves 2 MiB in every session
+#                          (default: enough for two sessions to begin while all others run: 88 for MAX_NUM_SEQS=8)
+#   VOXTRAL_SPEED=1        0 turns off the speed patches (vllm_plugin/voxtral_speed): a session then becomes slower with
+#                          every minute; a list of names turns on only these patches, "-" before a name all but this one
 #   CUDA_VISIBLE_DEVICES=0 which GPU: as nvidia-smi counts them, or its UUID (GPU-...); empty: none
-#   VOXTRAL_VENV=.venv     the environment that setup.sh made
-#   CPU_KVCACHE_GB=2       memory for sessions where there is no GPU
-#   SESSION_IDLE_MINUTES=10   a session in which nothing comes or goes for so long is ended; 0: never
-#   ALLOWED_ORIGINS=""     web pages of other servers that may use this one: "https://a.example https://b.example"
-#   MAX_UPLOAD_MB=512      largest file that POST /v1/audio/transcriptions takes; it lies in TMPDIR (/tmp) meanwhile
-#   UPLOAD_SESSIONS        sessions that all such files together may take (default: half of MAX_NUM_SEQS)
-#   ALLOWED_HOSTS=""       names under which browsers may use this server, beside its addresses and its own name
+#   VOXTRAL_VENV=.venv     the Python environment that setup.sh made
+#   CPU_KVCACHE_GB=2       memory for sessions without a GPU
+#   SESSION_IDLE_MINUTES=10   ends a session after this time without any message; 0: never
+#   ALLOWED_ORIGINS=""     web pages of other sites that may use this server: "https://a.example https://b.example"
+#   MAX_UPLOAD_MB=512      largest file that POST /v1/audio/transcriptions accepts; it is kept in TMPDIR (/tmp) meanwhile
+#   UPLOAD_SESSIONS        sessions that all such files together may use (default: half of MAX_NUM_SEQS)
+#   ALLOWED_HOSTS=""       further names under which browsers may use this server, besides its addresses and its own name
+#
+# The download goes to HF_HOME (default: ~/.cache/huggingface). HF_HUB_DISABLE_XET=1 downloads over plain HTTP, HF_TOKEN is
+# for models that need one. Plugins named in VLLM_PLUGINS are loaded too. docs/server.md explains the settings.
 set -euo pipefail
 
 case ${1:-} in -h | --help) sed -n '2,/^set/{/^set/d;s/^# \{0,1\}//p;}' "$0"; exit ;; esac
@@ -52,27 +55,27 @@ export GPU_MEMORY_UTILIZATION=${GPU_MEMORY_UTILIZATION:-0.90} MAX_NUM_SEQS=${MAX
 export MAX_NUM_BATCHED_TOKENS=${MAX_NUM_BATCHED_TOKENS:-} CPU_KVCACHE_GB=${CPU_KVCACHE_GB:-2}
 export SESSION_IDLE_MINUTES=${SESSION_IDLE_MINUTES:-10} ALLOWED_ORIGINS=${ALLOWED_ORIGINS:-}
 export ALLOWED_HOSTS=${ALLOWED_HOSTS:-} MAX_UPLOAD_MB=${MAX_UPLOAD_MB:-512} UPLOAD_SESSIONS=${UPLOAD_SESSIONS:-}
-export PYTHONDONTWRITEBYTECODE= # where it is set (Docker images do), vLLM compiles all its modules at each start: 25 s more
+export PYTHONDONTWRITEBYTECODE= # Docker images set it; vLLM would then compile all its modules at each start: 25 s more
 name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")
 
-# What would fail only after vLLM's long start, the download, and the tokenizer with another delay.
-export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA by itself takes the fastest first
+# Checks what would fail only after vLLM's long start, downloads the model, edits the tokenizer for another delay.
+export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA's default is the fastest first
 found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$@") || exit
 { read -r device visible; read -r model; read -r tokenizer; read -r sessions; read -r batch; } <<< "$found"
-[ -z "$visible" ] || export CUDA_VISIBLE_DEVICES=$visible # vLLM wants indices, not UUIDs
+[ -z "$visible" ] || export CUDA_VISIBLE_DEVICES=$visible # vLLM needs indices, not UUIDs
 
 options=(
   --served-model-name "${SERVED_MODEL_NAME:-$name}"
   --host "$HOST" --port "$PORT"
   --tokenizer-mode mistral --config-format mistral # the model comes in Mistral's own format
-  --generation-config vllm # there is none to look for: decoding is greedy
+  --generation-config vllm # the model has no such file: decoding is greedy
   --max-model-len "$MAX_MODEL_LEN"
   --max-num-seqs "$MAX_NUM_SEQS"
-  --max-num-queued-reqs "$sessions" # a session too many is told so; without this it waits in silence
+  --max-num-queued-reqs "$sessions" # one session too many gets an error; without this it would wait without a message
   --max-num-batched-tokens "$batch" # vLLM reserves twice this for each session
 )
-# Live audio never comes twice: both would only cost. Without our identifiers of frames, vLLM's depend on the first.
+# Live audio never repeats: both caches would only cost. Without our identifiers of frames, vLLM's depend on the first.
 [ "${VOXTRAL_SPEED:-1}" = 0 ] || options+=(--mm-processor-cache-gb 0 --no-enable-prefix-caching)
 case $QUANTIZATION in
   none) options+=(--load-format mistral) ;;
@@ -83,20 +86,20 @@ esac
 [ -z "$TLS_CERT" ] || options+=(--ssl-certfile "$TLS_CERT" --ssl-keyfile "$TLS_KEY")
 if [ "$device" = gpu ]; then
   options+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
-  options+=(--max-cudagraph-capture-size "$batch") # every step has a graph: without, a session's begin delays all
-  options+=(--kernel-config '{"enable_jit_warmup": false}') # it tries kinds of sampling never used; ours runs sessions
+  options+=(--max-cudagraph-capture-size "$batch") # every step has a graph; otherwise the start of a session delays all others
+  options+=(--kernel-config '{"enable_jit_warmup": false}') # it warms up kinds of sampling that are never used; our warm-up runs sessions
 else
   options+=(--enforce-eager) # compiling takes longer than it saves here: 40 s of start for a tenth of the speed
   export VLLM_CPU_KVCACHE_SPACE=$CPU_KVCACHE_GB
-  export VLLM_ENABLE_V1_MULTIPROCESSING=0 # the worker in the engine's process: a third less to import at the start
+  export VLLM_ENABLE_V1_MULTIPROCESSING=0 # the worker runs in the engine's process: a third less to import at the start
 fi
 export VLLM_USE_FLASHINFER_SAMPLER=0 # decoding is greedy, and that sampler compiles CUDA code at every start
-export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is here: nothing is asked of the network, and it is told nothing
+export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is local: no request to the hub, no usage statistics
 
-# Captions for browsers at /captions/, files over HTTP, and the guard of it all: vllm_plugin/voxtral_web.
+# Captions for browsers at /captions/, files over HTTP, and the guard before them: vllm_plugin/voxtral_web.
 export VOXTRAL_CAPTIONS=$here/captions VOXTRAL_HOME=$here
-# vLLM loads no plugins but these then.
+# vLLM then loads only these plugins.
 export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_speed,voxtral_captions,voxtral_warmup
 options+=(--middleware voxtral_web.guard.Guard)
-[ ! -x "$venv/bin/vllm" ] || "$here/setup.sh" --is-current || true # says so if it is not
+[ ! -x "$venv/bin/vllm" ] || "$here/setup.sh" --is-current || true # prints a warning if it is not
 exec vllm serve "$model" "${options[@]}" "$@"

@@ -1,14 +1,14 @@
 #!/usr/bin/env bash
-# Install into .venv what this machine can use; running it again does no harm and is quick.
+# Install into .venv what this machine can use. It is safe and fast to run it again.
 #
 #   ./setup.sh            server and clients: for the NVIDIA GPU if there is one, else for the CPU
 #   ./setup.sh --gpu      the same, and fail if there is no GPU
 #   ./setup.sh --cpu      the same, without looking for a GPU
-#   ./setup.sh --client   only what the clients need (a laptop; Linux, macOS, Git Bash on Windows)
-#   ./setup.sh --is-current   installs nothing: says whether what is installed is older than this folder
+#   ./setup.sh --client   only what the clients need (for a laptop; Linux, macOS, Git Bash on Windows)
+#   ./setup.sh --is-current   installs nothing; prints a warning if the installation is older than this folder
 #
 # PYTHON=/path/to/python chooses the interpreter (3.11 to 3.14), VOXTRAL_VENV another folder than .venv.
-# Where uv is on the PATH, it installs, and brings a Python if there is none.
+# If uv is on the PATH, setup.sh installs with it. uv also brings a Python if there is none.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -24,7 +24,7 @@ for argument; do
 done
 venv=${VOXTRAL_VENV:-.venv}
 
-# What the environment holds, by what is written there of the packages: gpu, cpu, client, or nothing.
+# What the environment holds, by the names of its packages: gpu, cpu, client, or nothing.
 holds=
 for packages in "$venv"/lib/python3*/site-packages "$venv"/Lib/site-packages; do
   [ -d "$packages" ] || continue
@@ -48,7 +48,7 @@ if [ "$mode" = is-current ]; then
 fi
 
 if [ "$mode" = auto ] || [ "$mode" = gpu ]; then
-  # WSL2 has it in a place of its own.
+  # WSL2 has it in another folder.
   if smi=$(command -v nvidia-smi || command -v /usr/lib/wsl/lib/nvidia-smi); then
     driver=$("$smi" --query-gpu=driver_version --format=csv,noheader 2>&1) || driver="error: $driver"
     [[ $driver =~ ^[0-9]+\.[0-9.]+ ]] ||
@@ -73,11 +73,11 @@ if is_current "$mode"; then
   exit
 fi
 
-# What must be there, and its name in three families of Linux.
+# Required packages, and their names in three families of Linux.
 missing=() apt=() dnf=() pacman=()
 need() { missing+=("$1") apt+=("$2") dnf+=("$3") pacman+=("$4"); }
 names() { echo "apt install ${apt[*]} (Fedora: dnf install ${dnf[*]}; Arch: pacman -S ${pacman[*]})"; }
-library() { # by Python, because ldconfig is not on every PATH
+library() { # asks Python, because ldconfig is not on every PATH
   [ "$(uname)" != Linux ] || "$python" -c "import ctypes; ctypes.CDLL('$1')" 2> /dev/null
 }
 
@@ -90,7 +90,7 @@ done
 [ -z "${PYTHON:-}" ] || "$PYTHON" -c "$good" 2> /dev/null || fail "PYTHON=$PYTHON is no Python 3.11 to 3.14"
 header='import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'
 if [ -n "$uv" ] && [ -z "${PYTHON:-}" ] && [ ! -d "$venv" ]; then
-  # A Python that cannot do is no matter: uv brings one, with its headers.
+  # An unsuitable Python is no problem: uv brings one, with its headers.
   if [ -z "$python" ] || { [ "$mode" = gpu ] && ! "$python" -c "$header"; }; then
     uv python install 3.12 || fail "uv could not install a Python: see above"
     python=$(uv python find --managed-python 3.12)
@@ -111,11 +111,11 @@ library libportaudio.so.2 || {
   echo "note: without PortAudio there is no microphone here (files and the browser page work): $(names)" >&2
 }
 
-# Packages for the GPU and for the CPU have the same names: neither replaces the other.
+# Packages for the GPU and for the CPU have the same names, so one installation cannot replace the other in place.
 if [ -n "$holds" ] && [ "$holds" != client ] && [ "$holds" != "$mode" ]; then
   echo "$venv holds vLLM for the $holds: making it anew for the $mode"
   [ -f "$venv/pyvenv.cfg" ] || fail "$venv is no environment of Python's: VOXTRAL_VENV must be a folder of its own"
-  python=$("$python" -c 'import sys; print(sys._base_executable)') # it may be the one in there
+  python=$("$python" -c 'import sys; print(sys._base_executable)') # it may be the one in that folder
   rm -rf "$venv"
 fi
 free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
@@ -126,7 +126,7 @@ if [ ! -d "$venv" ]; then
 fi
 for bin in "$venv"/bin "$venv"/Scripts; do [ -d "$bin" ] && break; done
 "$bin"/python -c "$good" || fail "$venv holds another Python: remove $venv and run this again"
-# The lock files name all that is needed. Modules are compiled when they are first imported: most of these never are.
+# The lock files name all packages. Python compiles modules when they are first imported; most are never imported.
 install() {
   if [ -n "$uv" ]; then
     uv pip install --python "$bin"/python --no-deps "$@"
@@ -140,7 +140,7 @@ case $mode in
   gpu) echo "installing vLLM for the GPU: about 9 GB, some minutes" ;;
   cpu)
     echo "installing vLLM for the CPU: about 1 GB to download, 2 to 4 minutes"
-    # PyTorch keeps its CPU builds in an index of its own.
+    # PyTorch's CPU builds are in an index of their own.
     torch=$(sed -n 's/^\(torch==[0-9.]*\).*/\1+cpu/p' requirements.txt)
     index=()
     install --dry-run "$torch" > /dev/null 2>&1 || index=(--index-url https://download.pytorch.org/whl/cpu)

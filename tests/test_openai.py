@@ -285,7 +285,7 @@ def test_eight_at_once(client, server, recording, by_file_client):
     assert texts == {text_of(by_file_client["words"])}
 
 
-# --- JavaScript, and the README's lines ---
+# --- JavaScript, and the lines of docs/clients.md ---
 
 
 @pytest.fixture(scope="module")
@@ -330,12 +330,13 @@ def test_javascript(base, javascript, recording, by_file_client):
     assert found["errors"] == [[404, "NotFoundError", "model"], [400, "BadRequestError", "response_format"]]
 
 
-README = (ROOT / "README.md").read_text().split("\n## From any app that knows OpenAI's API\n")[1].split("\n## ")[0]
+DOCUMENT = (ROOT / "docs" / "clients.md").read_text()
+DOCUMENT = DOCUMENT.split("\n## From any app that knows OpenAI's API\n")[1].split("\n## ")[0]
 
 
 @pytest.fixture(scope="module")
-def by_readme(server, folder):
-    """A folder with talk.mp3, and a way to run there what the README says, but for the port."""
+def by_document(server, folder):
+    """A folder with talk.mp3, and a way to run there what docs/clients.md says, but for the port."""
     soundfile.write(folder / "talk.mp3", soundfile.read(folder / "talk.wav")[0], RATE)
 
     def run(*command: object) -> str:
@@ -347,18 +348,18 @@ def by_readme(server, folder):
     return run
 
 
-def test_readme_curl(by_readme, folder, recording, by_file_client):
-    lines = re.findall(r"^    (curl .*)$", README, re.MULTILINE)
+def test_document_curl(by_document, folder, recording, by_file_client):
+    lines = re.findall(r"^    (curl .*)$", DOCUMENT, re.MULTILINE)
     assert len(lines) == 4
     for line in lines:
-        output = by_readme("bash", "-c", line)
+        output = by_document("bash", "-c", line)
         if "talk.srt" in line:
             output = (folder / "talk.srt").read_text()
         assert by_file_client["words"][0]["text"] in output
 
 
-def test_readme_packages(by_readme, javascript, recording, by_file_client):
-    python, script = re.findall(r"```(?:python|javascript)\n(.*?)```", README, re.DOTALL)
+def test_document_packages(by_document, javascript, recording, by_file_client):
+    python, script = re.findall(r"```(?:python|javascript)\n(.*?)```", DOCUMENT, re.DOTALL)
     text = text_of(by_file_client["words"])
-    assert by_readme(sys.executable, "-c", python).strip() == text
-    assert by_readme(NODE, "--input-type=module", "-e", script).strip() == text
+    assert by_document(sys.executable, "-c", python).strip() == text
+    assert by_document(NODE, "--input-type=module", "-e", script).strip() == text
