@@ -6,7 +6,7 @@ import { RATE } from "./timeline.js";
 import { Refused, Transcriber, model } from "./transcriber.js";
 
 const $ = (id) => document.getElementById(id);
-const BASE = new URL("..", location.href); // this page lies at /captions/, behind a proxy perhaps deeper
+const SERVER = new URL("../v1/realtime", location.href); // this page lies at /captions/, behind a proxy perhaps deeper
 const PARAGRAPH_SECONDS = 2; // a pause that begins a new line
 
 const words = []; // all that is settled: {text, start, end, session, fresh}
@@ -90,7 +90,7 @@ function enable() {
 /** Find out whether the server can be used with the key there is; asks again until there is an answer. */
 async function greet() {
   try {
-    const { id } = await model(BASE, key);
+    const { id } = await model(SERVER, key);
     $("model").textContent = id;
     if (key) sessionStorage.setItem("key", key);
     $("access").hidden = true;
@@ -101,7 +101,7 @@ async function greet() {
   } catch (error) {
     if (error instanceof Refused) return refuse(error);
     state("waiting", "no server");
-    say(`No server answers at ${BASE.host} (${error.message}). Is it still starting? Trying again.`, "wait");
+    say(`No server answers at ${SERVER.host} (${error.message}). Is it still starting? Trying again.`, "wait");
     setTimeout(greet, 3000);
   }
 }
@@ -144,7 +144,7 @@ async function start() {
       run.gone = true;
     },
   });
-  const transcriber = new Transcriber(BASE, key, {
+  const transcriber = new Transcriber(SERVER, key, {
     state(name, message) {
       state(name);
       if (name === "waiting") say(message[0].toUpperCase() + message.slice(1) + ".", "wait");

@@ -30,23 +30,24 @@ export class Lost extends Error {
 // A browser says nothing of a refused WebSocket but 1006. The server has just answered, so it is there and has the key.
 const SHUT = "the server answers but lets this page open no WebSocket: is there a proxy that does not pass on Host?";
 
+const WRONG = "wrong path, or a page that is not let in (HTTP 403)";
+
 /**
- * Ask the server at `base` (a URL ending in "/") what it serves: {id, max_model_len, voxtral_speed}, the last one true
- * where a frame costs the same however long the session is. Throws Refused or Lost.
+ * Ask the server whose realtime endpoint is `url` (http or https) what it serves: {id, max_model_len, voxtral_speed},
+ * the last one true where a frame costs the same however long the session is. Throws Refused or Lost.
  */
-export async function model(base, key) {
+export async function model(url, key) {
   let reply;
   try {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
-    reply = await fetch(new URL("v1/models", base), { headers, signal: AbortSignal.timeout(ANSWER_MS) });
+    reply = await fetch(new URL("models", url), { headers, signal: AbortSignal.timeout(ANSWER_MS) });
   } catch {
     throw new Lost("no server answers");
   }
-  if (reply.status === 401) throw new Refused(key ? "wrong key" : "the server wants a key", true);
-  if (reply.status === 403) throw new Refused("wrong path, or a page that is not let in (HTTP 403)");
+  if (reply.status === 401) throw new Refused(key ? "wrong API key (HTTP 401)" : "the server wants a key (HTTP 401)", true);
   if (reply.status >= 500) throw new Lost(`the server is not well (HTTP ${reply.status})`);
   const answer = await reply.json().catch(() => ({}));
-  if (reply.status === 403) throw new Refused(answer.error?.message ?? "the server refuses this page (HTTP 403)");
+  if (reply.status === 403) throw new Refused(answer.error?.message ?? WRONG);
   const models = answer.data ?? [];
   if (!models.length) throw new Refused(`no realtime server (HTTP ${reply.status})`);
   return models[0];
@@ -79,15 +80,12 @@ class Session {
   #queue = [];
   #alarms;
 
-  constructor(base, key, alarms) {
+  constructor(url, way, alarms) {
     this.#alarms = alarms;
-    const url = new URL("v1/realtime", base);
-    url.protocol = url.protocol.replace("http", "ws");
-    // A browser cannot send the header: the server's guard takes the key from here (voxtral_web/guard.py).
-    const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
-    this.socket = key ? new WebSocket(url, ["voxtral", `key.${hex}`]) : new WebSocket(url);
+    this.socket = new WebSocket(url.replace("http", "ws"), way);
     this.socket.onmessage = ({ data }) => this.#put(parsed(data));
     this.socket.onopen = () => { this.opened = true; };
+    this.socket.onerror = () => {}; // onclose follows
     this.socket.onclose = ({ code, reason }) => {
       this.#put(new Lost(this.asked && !this.opened ? SHUT : `connection lost (${`${code} ${reason}`.trim()})`));
     };
@@ -108,7 +106,9 @@ class Session {
 
   /** Choose the model and start the transcription. */
   async start(id) {
-    if ((await this.receive(ANSWER_MS))?.type !== "session.created") throw new Lost("the server did not greet");
+    const greeting = await this.receive(ANSWER_MS);
+    if (!greeting) throw new Lost(`no answer for ${ANSWER_MS / 1000} s`);
+    if (greeting.type !== "session.created") throw new Lost("the server did not greet");
     this.send("session.update", { model: id });
     this.send("input_audio_buffer.commit");
   }
@@ -124,8 +124,14 @@ function parsed(data) {
   try {
     return JSON.parse(data);
   } catch {
-    return new Refused("no realtime server: a message was not JSON");
+    return new Refused("a message was not JSON");
   }
+}
+
+/** How a browser brings the key: it cannot send the header, and the guard takes it from here (voxtral_web/guard.py). */
+export function subprotocols(key) {
+  const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return key ? ["voxtral", `key.${hex}`] : [];
 }
 
 /** PCM16 samples as base64; the protocol's samples are little-endian, as every browser's machine is. */
@@ -137,11 +143,12 @@ function base64(samples) {
  * Words with times of what a microphone hears, whatever happens to the sessions underneath.
  * `on.state(state, message)`: "connecting", "listening", "waiting". `on.words(words)`: settled, each once.
  * `on.tail(words)`: may still change. `on.lost(start, end)`: seconds of audio that are gone for good.
+ * `giveUp`: after so many ms without progress `run` throws Lost. `way`: the second argument of WebSocket.
  */
 export class Transcriber {
   timeline = new Timeline();
   sessions = 0;
-  #base; #key; #on; #model = null;
+  #url; #key; #on; #giveUp; #way; #model = null;
   #sent = 0; // end of the audio sent to the current session
   #ended = false; // no more audio comes
   #stopped = false;
@@ -150,7 +157,13 @@ export class Transcriber {
   #patience = RUT_SECONDS;
   #alarms = new Alarms();
 
-  constructor(base, key, on) { this.#base = base; this.#key = key; this.#on = on; }
+  constructor(url, key, on, { giveUp = Infinity, way = subprotocols(key) } = {}) {
+    this.#url = String(url);
+    this.#key = key;
+    this.#on = on;
+    this.#giveUp = giveUp;
+    this.#way = way;
+  }
 
   /** Seconds of audio heard but not yet understood. */
   get lag() { return Math.max(0, this.timeline.heard - this.timeline.understood) / RATE; }
@@ -172,7 +185,7 @@ export class Transcriber {
 
   /** Run one session after the other until the input is understood. Throws Refused. */
   async run() {
-    let failures = 0;
+    let failures = 0, furthest = 0, since;
     this.#on.state("connecting", "");
     while (!this.#stopped && !(this.#ended && this.timeline.heard <= this.timeline.settled)) {
       if (this.timeline.heard <= this.timeline.settled) { // a session without audio would only hold its slot
@@ -182,13 +195,20 @@ export class Transcriber {
       try {
         // Asked again after a failure: the socket's own refusal would not say why.
         const ask = failures > 0 || !this.#model;
-        if (ask) this.#model = await model(this.#base, this.#key);
-        await this.#run(ask, () => { failures = 0; });
+        if (ask) this.#model = await model(this.#url, this.#key);
+        await this.#run(ask);
+        failures = 0;
         this.#on.state("connecting", "");
       } catch (error) {
         if (!(error instanceof Lost)) throw error;
         if (this.#stopped) break;
         this.#on.words(this.timeline.take());
+        const { heard, understood, sessionLength } = this.timeline;
+        const idle = !this.#ended && sessionLength > 0 && heard - understood < MAX_DELAY; // it had nothing left to do
+        if (understood > furthest || idle || error.busy) failures = 0; // what is understood once more is no progress
+        furthest = Math.max(furthest, understood);
+        if (!failures) since = Date.now();
+        if (Date.now() - since > this.#giveUp) throw new Lost(`gave up: ${error.message}`);
         this.#on.state("waiting", `${error.message}${error.busy ? ": waiting for a free one" : "; trying again"}`);
         failures += error.busy ? 0 : 1;
         const wait = error.busy ? 2 : Math.min(8, 0.25 * 2 ** failures);
@@ -201,9 +221,9 @@ export class Transcriber {
   }
 
   /** One session, until a new one should go on or all is understood. */
-  async #run(asked, achieved) {
+  async #run(asked) {
     this.sessions++;
-    const session = new Session(this.#base, this.#key, this.#alarms);
+    const session = new Session(this.#url, this.#way, this.#alarms);
     session.asked = asked;
     try {
       await session.start(this.#model.id);
@@ -212,7 +232,7 @@ export class Transcriber {
       this.#lastDelta = Date.now();
       this.#on.state("listening", "");
       this.#feed();
-      while (!this.#stopped && (await this.#step(session, achieved))) {
+      while (!this.#stopped && (await this.#step(session))) {
         const words = this.timeline.take();
         if (words.length) this.#on.words(words);
         this.#on.tail(this.timeline.tail);
@@ -240,7 +260,7 @@ export class Transcriber {
   }
 
   /** Book the next delta; return false where a new session should go on. */
-  async #step(session, achieved) {
+  async #step(session) {
     const { timeline } = this;
     const settled = timeline.settled;
     const event = await session.receive(500);
@@ -262,7 +282,6 @@ export class Transcriber {
       return false;
     }
     if (event.type !== "transcription.delta") return true;
-    achieved();
     timeline.understand(event.delta);
     this.#feed();
     return !this.#newSessionWanted(event.delta, settled);

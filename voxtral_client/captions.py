@@ -28,15 +28,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exits with 2 where they make no sense."""
     parser = Parser(__doc__)
     parser.add_argument("-l", "--list-devices", action="store_true", help="show the input devices and exit")
-    parser.add_argument(
-        "-d", "--device", metavar="NUMBER|NAME", help="number or part of a name (default: the system's)"
-    )
+    parser.add_argument("-d", "--device", metavar="NUMBER|NAME", help="number or part of the name (default: system's)")
     parser.add_argument("--channels", type=int, metavar="N", help="channels to record and mix down (default: 1)")
     parser.add_argument(
         "-o",
         "--output",
         metavar="FILE",
-        help="captions in a new file, written live: .srt, .vtt, .tsv, .txt, .json, .jsonl",
+        help="captions in a new file, written live; its ending says the format",
     )
     parser.add_argument(
         "-f", "--format", choices=FORMATS, help="format of stdout (default: plain text), or of --output's file"

@@ -17,10 +17,10 @@ from . import UserError
 from .audio import AudioError
 from .cli import Interrupts, Parser, add_cue_options, add_server_options, fault, run, server_from
 from .media import AudioFile, AudioSource, StandardInput, is_audio
+from .outputs import Outputs, Transcript, readable
 from .pool import Piece, Pool, Stopped, cut, whole
 from .protocol import RATE
 from .screen import Screen
-from .outputs import Outputs, Transcript, readable
 from .subtitles import FORMATS
 from .timeline import Word
 from .transcriber import Transcriber
@@ -36,7 +36,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the options; exits with 2 where they make no sense."""
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="audio file, folder, or - for standard input")
-    parser.add_argument("--audio_path", action="append", default=[], metavar="PATH", help="the same as PATH"
+    parser.add_argument("--audio_path", action="append", default=[], metavar="PATH", help="the same as PATH")
     parser.add_argument("--raw", type=int, metavar="RATE", help="standard input is raw PCM16 mono at RATE")
     parser.add_argument("--track", metavar="N|LANGUAGE", help="audio track (default: the one that the file says)")
     parser.add_argument("-o", "--output", metavar="FILE", help="write there: a file, a folder, or - for stdout")
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--format",
         action="append",
         choices=[*FORMATS, "all"],
-        help="beside the audio, or where --output says; several -f, or all, give several (default: by --output's ending)",
+        help="beside the audio, or where --output says; may be repeated; all: each (default: by --output's ending)",
     )
     parser.add_argument("--skip-existing", action="store_true", help="leave files alone whose output is complete")
     parser.add_argument(
