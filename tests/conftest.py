@@ -1,5 +1,6 @@
-"""One real vLLM server for the whole session, started as a user starts it, and what tests need around it."""
+"""The real vLLM servers that tests share, started as a user starts them; which tests run where, and in what order."""
 
+import contextlib
 import os
 import re
 import signal
@@ -9,6 +10,8 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -91,16 +94,113 @@ class ServerProcess:
             os.killpg(self.process.pid, how)
             self.process.wait()
 
+    def revive(self) -> None:
+        """Start it again if it was killed."""
+        if self.process and self.process.poll() is not None:
+            self.start().wait()
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The server of the whole session: sessions of at most 79 s, four at once. Started again if a test killed it."""
+    """The server of most tests: sessions of at most 79 s, four at once."""
     folder = tmp_path_factory.mktemp("server")
     process = ServerProcess(folder / "log", MAX_MODEL_LEN="1024", MAX_NUM_SEQS="4", **_running())
     if not process.healthy():
         process.start().wait()
     yield process
     process.kill(signal.SIGTERM)
+
+
+# Servers of a few tests each, which stand in several files.
+SHARED = ("brief", "locked", "stock")
+IDLE_SECONDS = 6  # of `locked`
+FRIEND = "https://friend.example"  # an origin that `locked` lets in
+shared: list[ServerProcess] = []
+
+
+@contextlib.contextmanager
+def sharing(process: ServerProcess) -> Iterator[ServerProcess]:
+    shared.append(process)
+    yield process.start().wait()
+    process.kill()
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory):
+    """A server with the key `sesame`, whose sessions end after 217 deltas, 17 s."""
+    log = tmp_path_factory.mktemp("brief") / "log"
+    with sharing(ServerProcess(log, VLLM_API_KEY="sesame", MAX_MODEL_LEN="256")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def locked(tmp_path_factory):
+    """A server in INT4 with TLS, the key `sesame`, one slot, sessions that may idle for 6 s, and a middleware."""
+    folder = tmp_path_factory.mktemp("locked")
+    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
+    certificate = folder / "certificate.pem"
+    settings = {"TLS_CERT": str(certificate), "TLS_KEY": str(folder / "key.pem"), "VLLM_API_KEY": "sesame"}
+    settings |= {"SESSION_IDLE_MINUTES": str(IDLE_SECONDS / 60), "ALLOWED_ORIGINS": FRIEND}
+    options = ["--middleware", "starlette.middleware.gzip.GZipMiddleware"]
+    process = ServerProcess(folder / "log", *options, QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="1", **settings)
+    process.certificate, process.page = certificate, f"https://127.0.0.1:{process.port}/captions/"
+    with sharing(process):
+        yield process
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory):
+    """A server without the speed patches, with the key `secret`; like `server` otherwise."""
+    settings = {"VOXTRAL_SPEED": "0", "VLLM_API_KEY": "secret", "MAX_MODEL_LEN": "1024", "MAX_NUM_SEQS": "4"}
+    with sharing(ServerProcess(tmp_path_factory.mktemp("stock") / "log", **settings)) as process:
+        yield process
+
+
+# The groups of tests that take longest, longest first: what is left for the end should be short.
+LONGEST = ("test_faults", "test_microphone", "test_captions", "locked", "test_openai", "brief", "test_outputs")
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs a vLLM server, vLLM itself, a browser, sound, or a Debian package")
+
+
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its groups
+def pytest_collection_modifyitems(items):
+    """Mark what is slow by its fixtures; keep on one worker what shares a server, or the fixtures of a file."""
+    for item in items:
+        if not {"server", "pulse", *SHARED}.isdisjoint(item.fixturenames):
+            item.add_marker("slow")
+        if "launch" in item.fixturenames and find_spec("vllm") is None:
+            item.add_marker(pytest.mark.skip(reason="needs vLLM: ./setup.sh --cpu"))
+        if item.get_closest_marker("slow"):
+            item.add_marker(pytest.mark.xdist_group(group(item)))
+    items.sort(key=turn)
+
+
+def group(item: pytest.Item) -> str:
+    return next((name for name in SHARED if name in item.fixturenames), item.path.stem)
+
+
+def turn(item: pytest.Item) -> int:
+    """What is not slow comes last, one test at a time to whichever worker is idle."""
+    if not item.get_closest_marker("slow"):
+        return len(LONGEST) + 1
+    return [*LONGEST, group(item)].index(group(item))
+
+
+@pytest.fixture(autouse=True)
+def alive(request):
+    """A server that is not there any more when a test wants it, because another test killed it, is started again."""
+    for name in {"server", *SHARED}.intersection(request.fixturenames):
+        request.getfixturevalue(name).revive()
+
+
+@pytest.hookimpl(trylast=True)  # behind the fixtures of the test
+def pytest_runtest_teardown(item, nextitem):
+    """Behind the last test that wants it, a shared server would only take memory."""
+    if nextitem is None or group(nextitem) != group(item):
+        for process in shared:
+            process.kill()
 
 
 def _running() -> dict[str, str]:

@@ -20,7 +20,7 @@ import pytest
 import srt
 import websockets
 from browser import ELSEWHERE, browsing, firefox
-from conftest import CHECKPOINT, ROOT, ServerProcess
+from conftest import CHECKPOINT, FRIEND, IDLE_SECONDS, ROOT
 from playwright.async_api import Page, expect
 from proxy import Proxy
 from pulse import Pulse, pulseaudio
@@ -32,9 +32,6 @@ from voxtral_client.audio import RATE, to_pcm16
 from voxtral_client.session import FRAME, Lost, Server
 from voxtral_client.timeline import Timeline
 
-IDLE_SECONDS = 6
-FRIEND = "https://friend.example"
-
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
@@ -42,22 +39,6 @@ def speech(tmp_path_factory):
     samples, spoken = talk(5.5, seed=25)
     path = write(tmp_path_factory.mktemp("speech") / "talk.wav", np.concatenate([samples, np.zeros(RATE, np.float32)]))
     return path, [text for text, _, _ in spoken]
-
-
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory):
-    """A server with TLS, a key, a single slot, sessions that may idle for 6 s, and a middleware of the user's own."""
-    folder = tmp_path_factory.mktemp("locked")
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
-    options = ["--ssl-keyfile", str(key), "--ssl-certfile", str(certificate)]
-    options += ["--middleware", "starlette.middleware.gzip.GZipMiddleware"]
-    settings = {"SESSION_IDLE_MINUTES": str(IDLE_SECONDS / 60), "ALLOWED_ORIGINS": FRIEND, "MAX_NUM_SEQS": "1"}
-    process = ServerProcess(folder / "log", *options, VLLM_API_KEY="sesame", **settings)
-    process.certificate = certificate
-    process.page = f"https://127.0.0.1:{process.port}/captions/"
-    yield process.start().wait()
-    process.kill()
 
 
 def address(server, host: str = "127.0.0.1") -> str:

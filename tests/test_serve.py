@@ -114,19 +114,6 @@ def test_demo():
     assert "× real time" in result.stderr
 
 
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory):
-    """A server in INT4, with a key and a certificate of its own."""
-    folder = tmp_path_factory.mktemp("locked")
-    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    settings = {"VLLM_API_KEY": "sesame", "TLS_CERT": str(certificate), "TLS_KEY": str(key)}
-    process = ServerProcess(folder / "log", QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="2", **settings)
-    process.certificate = certificate
-    yield process.start().wait()
-    process.kill()
-
-
 def transcribe(server, *arguments, **environment) -> subprocess.CompletedProcess:
     settings = {k: v for k, v in os.environ.items() if k != "VLLM_API_KEY"} | environment
     arguments = (CHECKPOINT / "sample.wav", "--url", server.url, *arguments)

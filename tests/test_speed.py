@@ -36,14 +36,9 @@ def test_all_patches_are_on(server):
     assert words(server).stdout.split() == TEXT
 
 
-def test_without_patches_the_text_is_the_same(tmp_path):
-    stock = ServerProcess(tmp_path / "log", VOXTRAL_SPEED="0", MAX_MODEL_LEN="1024", MAX_NUM_SEQS="4")
-    try:
-        stock.start().wait()
-        assert words(stock).stdout.split() == TEXT
-        assert "Speed patches" not in stock.log.read_text(errors="replace")
-    finally:
-        stock.kill()
+def test_without_patches_the_text_is_the_same(stock):
+    assert words(stock, SAMPLE, "--api-key", "secret").stdout.split() == TEXT
+    assert "Speed patches" not in stock.log.read_text(errors="replace")
 
 
 def test_memory_for_sessions_runs_out(tmp_path):
