@@ -156,6 +156,7 @@ def stock(tmp_path_factory):
         yield process
 
 
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: ./setup.sh --cpu")
 # The groups of tests that take longest, longest first: what is left for the end should be short.
 LONGEST = ("test_faults", "test_microphone", "test_captions", "locked", "test_openai", "brief", "test_outputs")
 
@@ -170,8 +171,8 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if not {"server", "pulse", *SHARED}.isdisjoint(item.fixturenames):
             item.add_marker("slow")
-        if "launch" in item.fixturenames and find_spec("vllm") is None:
-            item.add_marker(pytest.mark.skip(reason="needs vLLM: ./setup.sh --cpu"))
+        if "launch" in item.fixturenames:
+            item.add_marker(needs_vllm)
         if item.get_closest_marker("slow"):
             item.add_marker(pytest.mark.xdist_group(group(item)))
     items.sort(key=turn)

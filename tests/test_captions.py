@@ -32,6 +32,8 @@ from voxtral_client.audio import RATE, to_pcm16
 from voxtral_client.session import FRAME, Lost, Server
 from voxtral_client.timeline import Timeline
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def speech(tmp_path_factory):
@@ -667,8 +669,7 @@ def test_each_outage_reports_its_own_loss():
     async def lose(page: Page, server: ScriptedServer, beyond: float) -> float:
         """Let the server be away until so much is lost; return what the page says is lost, in seconds."""
         server.refusal = 503
-        for connection in list(server._server.connections):
-            connection.transport.abort()
+        server.cut()
         await expect(page.locator("#state")).to_have_text("waiting")
         before = await page.locator("#clock").inner_text()
         await page.evaluate("times = 150")

@@ -41,6 +41,7 @@ def test_without_patches_the_text_is_the_same(stock):
     assert "Speed patches" not in stock.log.read_text(errors="replace")
 
 
+@pytest.mark.slow
 def test_memory_for_sessions_runs_out(tmp_path):
     """More sessions than the KV cache holds: some end with an error and go on, none is lost or silent."""
     audio = tmp_path / "longer.wav"
@@ -78,6 +79,7 @@ def test_another_source_is_noticed():
         voxtral_speed.expect(words, "0123456789ab")
 
 
+@pytest.mark.slow
 def test_spent_frames_keep_their_place():
     """vLLM finds frames by bisection over their positions; spent ones are one small number each."""
     from vllm.multimodal.utils import get_mm_features_in_window
