@@ -113,7 +113,7 @@ def server(tmp_path_factory):
 
 # Servers of a few tests each, which stand in several files.
 SHARED = ("brief", "locked", "stock")
-IDLE_SECONDS = 6  # of `locked`
+IDLE_SECONDS = 3  # of `locked`
 FRIEND = "https://friend.example"  # an origin that `locked` lets in
 shared: list[ServerProcess] = []
 
@@ -135,7 +135,7 @@ def brief(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def locked(tmp_path_factory):
-    """A server in INT4 with TLS, the key `sesame`, one slot, sessions that may idle for 6 s, and a middleware."""
+    """A server in INT4 with TLS, the key `sesame`, one slot, sessions that may idle for 3 s, and a middleware."""
     folder = tmp_path_factory.mktemp("locked")
     subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
     certificate = folder / "certificate.pem"

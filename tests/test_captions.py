@@ -236,7 +236,7 @@ def test_slot_of_an_idle_session_goes_to_who_waits(locked, speech):
             await session.send(bytes(2 * RATE))
             await session.receive()
             started.set()
-            with pytest.raises(Lost, match=r"4408 idle: no message for 0\.1 minutes"):
+            with pytest.raises(Lost, match=r"4408 idle: no message for 0\.05 minutes"):
                 while True:
                     await session.receive()
 
@@ -265,7 +265,7 @@ def test_client_that_paused_goes_on(locked, speech):
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as client:
         client.stdin.write(pcm[: len(pcm) // 4 * 2])
         client.stdin.flush()
-        time.sleep(IDLE_SECONDS + 4)
+        time.sleep(IDLE_SECONDS + 2)
         output, errors = client.communicate(pcm[len(pcm) // 4 * 2 :], timeout=120)
     assert output.decode().split() == spoken, errors.decode()
     assert b"4408" in errors
@@ -595,14 +595,14 @@ IN_THE_BACKGROUND = """
 
 def test_page_in_the_background_goes_on(tmp_path):
     """Its timers wait for a minute; sound does not. The first session breaks."""
-    sound = np.concatenate([tones(12), np.zeros(3 * RATE, np.float32)])
+    sound = np.concatenate([tones(8), np.zeros(3 * RATE, np.float32)])
 
     async def run() -> None:
-        texts = [f" word{number}" for number in range(12)]
+        texts = [f" word{number}" for number in range(8)]
         server = ScriptedServer(lambda: Scripted(speak=Ear(texts)), cuts=[25, 10])
         async with server, spied(server, IN_THE_BACKGROUND, write(tmp_path / "tones.wav", sound)) as page:
             await start(page)
-            await expect(page.locator("#settled")).to_contain_text(" ".join(text.strip() for text in texts[:10]))
+            await expect(page.locator("#settled")).to_contain_text(" ".join(text.strip() for text in texts[:7]))
             assert len(server.sessions) == 3
             await page.evaluate("visible = true")
 
@@ -676,11 +676,11 @@ def test_each_outage_reports_its_own_loss():
         while seconds(await page.locator("#clock").inner_text()) - seconds(before) < 300 + beyond:
             await page.wait_for_timeout(50)
         await page.evaluate("times = 1")
-        await expect(page.locator("#message")).to_contain_text("s of sound are lost")
-        told = await page.locator("#message").inner_text()
+        while not (told := re.search(r"(\d+) s of sound are lost", await page.locator("#message").inner_text())):
+            await page.wait_for_timeout(50)  # other messages come and go
         server.refusal = None
         await expect(page.locator("#state")).to_have_text("listening")
-        return float(re.search(r"(\d+) s of sound are lost", told)[1])
+        return float(told[1])
 
     def seconds(clock: str) -> int:
         hours, minutes, rest = map(int, clock.split(":"))

@@ -82,7 +82,7 @@ def test_browser_is_let_in(balancer):
 
 def test_streams_spread_and_survive_a_server(server, stock, balancer, tmp_path):
     """Four live streams, two on each server; one server is killed; all words arrive as if nothing had happened."""
-    paths = [write(tmp_path / f"{seed}.wav", talk(24, seed)[0]) for seed in range(70, 74)]
+    paths = [write(tmp_path / f"{seed}.wav", talk(15, seed)[0]) for seed in range(70, 74)]
 
     async def scenario() -> tuple[list[str], list[str], list[list[str]], list[int]]:
         undisturbed = [await transcribe(server.url, path, [], realtime=False) for path in paths]
@@ -91,7 +91,7 @@ def test_streams_spread_and_survive_a_server(server, stock, balancer, tmp_path):
         spread = [0, 0]
         while sum(spread) < len(streams):
             spread = [await asyncio.to_thread(connections, each) for each in (server, stock)]
-        await asyncio.sleep(6)
+        await asyncio.sleep(4)
         stock.kill()
         return undisturbed, list(await asyncio.gather(*streams)), told, spread
 

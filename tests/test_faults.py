@@ -75,7 +75,7 @@ async def through(server, recording, faults, **options) -> tuple[list[Word], Obs
     ],
 )
 def test_connection_lost(server, recording, undisturbed, faults):
-    stall_after = 8 if ("stall" in str(faults)) else 60
+    stall_after = 5 if ("stall" in str(faults)) else 60
     words, transcriber, proxy = asyncio.run(through(server, recording, faults, stall_after=stall_after))
     assert proxy.struck == [fault for _, fault in faults]
     assert transcriber.said("trying again")
@@ -140,22 +140,24 @@ def test_all_slots_taken(server, recording, undisturbed):
 
     async def scenario() -> tuple[list[Word], Observed]:
         name = (await Server(server.url).models())[0]["id"]
-        occupied = asyncio.Event()
+        occupied, taken = asyncio.Event(), asyncio.Semaphore(0)
 
         async def occupy() -> None:
             async with Server(server.url).session(name) as session:
                 await session.send(bytes(2 * 16000))
                 await session.receive()
+                taken.release()
                 await occupied.wait()
 
         others = [asyncio.create_task(occupy()) for _ in range(4)]
-        await asyncio.sleep(3)
+        for _ in others:
+            await taken.acquire()
         transcriber = Observed(server.url, give_up_after=2)
         running = asyncio.create_task(transcriber.transcribe(recording))
         while not transcriber.said("waiting for a free one"):
             assert not running.done()
             await asyncio.sleep(0.1)
-        await asyncio.sleep(4)
+        await asyncio.sleep(3)  # longer than it would wait for a server that is not there
         occupied.set()
         await asyncio.gather(*others)
         return await running, transcriber

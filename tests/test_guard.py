@@ -307,7 +307,7 @@ def memory(port: int) -> int:
 
 def test_greedy_clients(server):
     """Clients that try to fill the server's memory and its sockets, while another one's captions go on."""
-    samples, spoken = talk(12, seed=31)
+    samples, spoken = talk(8, seed=31)
     pcm = to_pcm16(samples)
     codes = []
 
