@@ -158,7 +158,19 @@ def stock(tmp_path_factory):
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: ./setup.sh --cpu")
 # The groups of tests that take longest, longest first: what is left for the end should be short.
-LONGEST = ("test_faults", "test_microphone", "test_captions", "locked", "test_openai", "brief", "test_outputs")
+LONGEST = (
+    "microphone",
+    "captions",
+    "faults",
+    "openai",
+    "locked",
+    "stock",
+    "outputs",
+    "serve",
+    "protocol",
+    "brief",
+    "guard",
+)
 
 
 def pytest_configure(config):
@@ -179,7 +191,7 @@ def pytest_collection_modifyitems(items):
 
 
 def group(item: pytest.Item) -> str:
-    return next((name for name in SHARED if name in item.fixturenames), item.path.stem)
+    return next((name for name in SHARED if name in item.fixturenames), item.path.stem.removeprefix("test_"))
 
 
 def turn(item: pytest.Item) -> int:
