@@ -15,6 +15,7 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_checkpoint"))
@@ -157,48 +158,41 @@ def stock(tmp_path_factory):
 
 
 needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: ./setup.sh --cpu")
-# The groups of tests that take longest, longest first: what is left for the end should be short.
-LONGEST = (
-    "microphone",
-    "captions",
-    "faults",
-    "openai",
-    "locked",
-    "stock",
-    "outputs",
-    "serve",
-    "protocol",
-    "brief",
-    "guard",
-)
+# Files that go to one worker, because they share one of these servers.
+TOGETHER = {"test_serve": "test_captions", "test_faults": "test_protocol", "test_speed": "test_deploy"}
+# What takes longest begins first: what is left for the end should be short.
+LONGEST = "test_captions test_protocol test_microphone test_deploy test_openai test_session test_outputs".split()
+
+
+def group(nodeid: str) -> str:
+    """Which tests stay on one worker, by the file."""
+    file = Path(nodeid.partition("::")[0]).stem
+    return TOGETHER.get(file, file)
+
+
+class Groups(LoadScopeScheduling):
+    """Of pytest-xdist's own schedulers, loadgroup has no effect with pytest 9.2, whose node ids it cannot change."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
 
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "slow: needs a vLLM server, vLLM itself, a browser, sound, or a Debian package")
 
 
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist looks for its groups
 def pytest_collection_modifyitems(items):
-    """Mark what is slow by its fixtures; keep on one worker what shares a server, or the fixtures of a file."""
+    """Mark what is slow by its fixtures; put the longest groups first."""
     for item in items:
         if not {"server", "pulse", *SHARED}.isdisjoint(item.fixturenames):
             item.add_marker("slow")
         if "launch" in item.fixturenames:
             item.add_marker(needs_vllm)
-        if item.get_closest_marker("slow"):
-            item.add_marker(pytest.mark.xdist_group(group(item)))
-    items.sort(key=turn)
-
-
-def group(item: pytest.Item) -> str:
-    return next((name for name in SHARED if name in item.fixturenames), item.path.stem.removeprefix("test_"))
-
-
-def turn(item: pytest.Item) -> int:
-    """What is not slow comes last, one test at a time to whichever worker is idle."""
-    if not item.get_closest_marker("slow"):
-        return len(LONGEST) + 1
-    return [*LONGEST, group(item)].index(group(item))
+    items.sort(key=lambda item: [*LONGEST, group(item.nodeid)].index(group(item.nodeid)))
 
 
 @pytest.fixture(autouse=True)
@@ -211,7 +205,7 @@ def alive(request):
 @pytest.hookimpl(trylast=True)  # behind the fixtures of the test
 def pytest_runtest_teardown(item, nextitem):
     """Behind the last test that wants it, a shared server would only take memory."""
-    if nextitem is None or group(nextitem) != group(item):
+    if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
         for process in shared:
             process.kill()
 
