@@ -409,7 +409,7 @@ def test_javascript_with_the_key_as_a_browser_brings_it(brief, recording, undist
 
 
 def test_engine_dies(brief):
-    """Last for this server: an error, then 1012, and nobody answers any more."""
+    """An error, then 1012, and nobody answers any more."""
     with Client(brief.url, UPDATE, START, append(bytes(32000)), additional_headers=bearer("sesame")) as client:
         client.receive()
         tasks = Path(f"/proc/{brief.process.pid}/task").glob("*/children")

@@ -297,7 +297,7 @@ def test_took_and_speed_count_from_the_beginning_of_the_file(tmp_path):
 
 
 def test_sessions_that_were_refused_are_none(tmp_path):
-    with speaking(slots=2) as speaker:
+    with speaking(slots=2, crowded=True) as speaker:
         result = transcribe(speaker, silence(tmp_path / "a.wav", 300), "-o", tmp_path / "a.json", "--parallel", 6)
         assert result.returncode == 0
         assert speaker.refused
