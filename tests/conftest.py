@@ -1,5 +1,6 @@
-"""One real vLLM server for the whole session, started as a user starts it, and what tests need around it."""
+"""The real vLLM servers that tests share, started as a user starts them; which tests run where, and in what order."""
 
+import contextlib
 import os
 import re
 import signal
@@ -9,9 +10,12 @@ import subprocess
 import sys
 import time
 import urllib.request
+from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_checkpoint"))
@@ -91,16 +95,119 @@ class ServerProcess:
             os.killpg(self.process.pid, how)
             self.process.wait()
 
+    def revive(self) -> None:
+        """Start it again if it was killed."""
+        if self.process and self.process.poll() is not None:
+            self.start().wait()
+
 
 @pytest.fixture(scope="session")
 def server(tmp_path_factory):
-    """The server of the whole session: sessions of at most 79 s, four at once. Started again if a test killed it."""
+    """The server of most tests: sessions of at most 79 s, four at once."""
     folder = tmp_path_factory.mktemp("server")
     process = ServerProcess(folder / "log", MAX_MODEL_LEN="1024", MAX_NUM_SEQS="4", **_running())
     if not process.healthy():
         process.start().wait()
     yield process
     process.kill(signal.SIGTERM)
+
+
+# Servers of a few tests each, which stand in several files.
+SHARED = ("brief", "locked", "stock")
+IDLE_SECONDS = 3  # of `locked`
+FRIEND = "https://friend.example"  # an origin that `locked` lets in
+shared: list[ServerProcess] = []
+
+
+@contextlib.contextmanager
+def sharing(process: ServerProcess) -> Iterator[ServerProcess]:
+    shared.append(process)
+    yield process.start().wait()
+    process.kill()
+
+
+@pytest.fixture(scope="session")
+def brief(tmp_path_factory):
+    """A server with the key `sesame`, whose sessions end after 217 deltas, 17 s."""
+    log = tmp_path_factory.mktemp("brief") / "log"
+    with sharing(ServerProcess(log, VLLM_API_KEY="sesame", MAX_MODEL_LEN="256")) as process:
+        yield process
+
+
+@pytest.fixture(scope="session")
+def locked(tmp_path_factory):
+    """A server in INT4 with TLS, the key `sesame`, one slot, sessions that may idle for 3 s, and a middleware."""
+    folder = tmp_path_factory.mktemp("locked")
+    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
+    certificate = folder / "certificate.pem"
+    settings = {"TLS_CERT": str(certificate), "TLS_KEY": str(folder / "key.pem"), "VLLM_API_KEY": "sesame"}
+    settings |= {"SESSION_IDLE_MINUTES": str(IDLE_SECONDS / 60), "ALLOWED_ORIGINS": FRIEND}
+    options = ["--middleware", "starlette.middleware.gzip.GZipMiddleware"]
+    process = ServerProcess(folder / "log", *options, QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="1", **settings)
+    process.certificate, process.page = certificate, f"https://127.0.0.1:{process.port}/captions/"
+    with sharing(process):
+        yield process
+
+
+@pytest.fixture(scope="session")
+def stock(tmp_path_factory):
+    """A server without the speed patches, with the key `secret`; like `server` otherwise."""
+    settings = {"VOXTRAL_SPEED": "0", "VLLM_API_KEY": "secret", "MAX_MODEL_LEN": "1024", "MAX_NUM_SEQS": "4"}
+    with sharing(ServerProcess(tmp_path_factory.mktemp("stock") / "log", **settings)) as process:
+        yield process
+
+
+needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: ./setup.sh --cpu")
+# Files that go to one worker, because they share one of these servers.
+TOGETHER = {"test_serve": "test_captions", "test_faults": "test_protocol", "test_speed": "test_deploy"}
+# What takes longest begins first: what is left for the end should be short.
+LONGEST = "test_captions test_protocol test_microphone test_deploy test_openai test_session test_outputs".split()
+
+
+def group(nodeid: str) -> str:
+    """Which tests stay on one worker, by the file."""
+    file = Path(nodeid.partition("::")[0]).stem
+    return TOGETHER.get(file, file)
+
+
+class Groups(LoadScopeScheduling):
+    """Of pytest-xdist's own schedulers, loadgroup has no effect with pytest 9.2, whose node ids it cannot change."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        return group(nodeid)
+
+
+def pytest_xdist_make_scheduler(config, log):
+    return Groups(config, log)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "slow: needs a vLLM server, vLLM itself, a browser, sound, or a Debian package")
+
+
+def pytest_collection_modifyitems(items):
+    """Mark what is slow by its fixtures; put the longest groups first."""
+    for item in items:
+        if not {"server", "pulse", *SHARED}.isdisjoint(item.fixturenames):
+            item.add_marker("slow")
+        if "launch" in item.fixturenames:
+            item.add_marker(needs_vllm)
+    items.sort(key=lambda item: [*LONGEST, group(item.nodeid)].index(group(item.nodeid)))
+
+
+@pytest.fixture(autouse=True)
+def alive(request):
+    """A server that is not there any more when a test wants it, because another test killed it, is started again."""
+    for name in {"server", *SHARED}.intersection(request.fixturenames):
+        request.getfixturevalue(name).revive()
+
+
+@pytest.hookimpl(trylast=True)  # behind the fixtures of the test
+def pytest_runtest_teardown(item, nextitem):
+    """Behind the last test that wants it, a shared server would only take memory."""
+    if nextitem is None or group(nextitem.nodeid) != group(item.nodeid):
+        for process in shared:
+            process.kill()
 
 
 def _running() -> dict[str, str]:

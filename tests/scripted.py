@@ -143,7 +143,8 @@ class ScriptedServer:
     `make()` returns the Scripted of the next session. `entry`: more fields of the model's entry. `key`: asked for.
     `refusal`: HTTP status of every WebSocket handshake. `greets`: does session.created come? `answers`: does anything
     else? `garbles`: is it no JSON? `cuts`: after so many deltas each session's connection is reset, the later ones run
-    on. All may be changed while it runs. `sessions`: those so far. `paths`: what was asked for by HTTP.
+    on. All may be changed while it runs, but for the `port`. `sessions`: those so far. `paths`: what was asked for by
+    HTTP.
     """
 
     def __init__(
@@ -157,23 +158,32 @@ class ScriptedServer:
         answers: bool = True,
         garbles: bool = False,
         cuts: list[int] = (),
+        port: int = 0,
     ):
         self.make, self.entry, self.key, self.refusal = make, entry or {}, key, refusal
         self.greets, self.answers, self.garbles, self.cuts = greets, answers, garbles, list(cuts)
+        self.port = port
         self.sessions: list[Scripted] = []
         self.paths: list[str] = []
 
     async def __aenter__(self) -> "ScriptedServer":
-        self._server = await websockets.serve(self._serve, "127.0.0.1", 0, process_request=self._http, max_size=None)
+        self._server = await websockets.serve(
+            self._serve, "127.0.0.1", self.port, process_request=self._http, max_size=None
+        )
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}/v1/realtime"
         self.page = f"http://127.0.0.1:{self.port}/captions/"
         return self
 
     async def __aexit__(self, *exception: object) -> None:
+        self.cut()
+        self._server.close()
+        await self._server.wait_closed()  # then another server can have the port
+
+    def cut(self) -> None:
+        """Reset all connections."""
         for connection in self._server.connections:
             connection.transport.abort()
-        self._server.close()
 
     def _http(self, connection: websockets.ServerConnection, request: Request) -> Response | None:
         self.paths.append(request.path)

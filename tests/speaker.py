@@ -18,11 +18,13 @@ FRAME = 1280
 class Speaker:
     """One text for every `every` frames of 80 ms. After `limit` frames in all, it is gone and refuses everybody.
 
-    `slots`: sessions at once. `silent`: sessions are taken and never answered.
+    `slots`: sessions at once. `silent`: sessions are taken and never answered. `crowded`: answers nothing until it
+    has refused a session.
     """
 
-    def __init__(self, texts=(" one", " two", " three"), every=5, limit=None, slots=1000, silent=False):
+    def __init__(self, texts=(" one", " two", " three"), every=5, limit=None, slots=1000, silent=False, crowded=False):
         self.texts, self.every, self.limit, self.slots, self.silent = texts, every, limit, slots, silent
+        self.crowded = crowded
         self.frames = self.sessions = self.refused = self.active = self.most = 0
 
     @property
@@ -54,6 +56,8 @@ class Speaker:
         samples = said = 0
         async for message in socket:
             event = json.loads(message)
+            while self.crowded and not self.refused:
+                await asyncio.sleep(0.01)
             final = bool(event.get("final"))
             samples += len(base64.b64decode(event.get("audio", ""))) // 2
             frames = samples // FRAME + (10 if final else 0)

@@ -1,6 +1,6 @@
 """Speech whose words and word times are known, made from Debian's recorded prompts and espeak-ng.
 
-Needs the package asterisk-core-sounds-en-wav (Allison Smith, CC BY-SA 3.0), as scripts/check installs it.
+Needs the package asterisk-core-sounds-en-wav (Allison Smith, CC BY-SA 3.0), as scripts/install-test-tools installs it.
 """
 
 import random

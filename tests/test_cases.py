@@ -68,6 +68,7 @@ def shift(samples: np.ndarray, part: slice) -> float:
     return (int(match.argmax()) - part.start) / RATE
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.m4a", "a.mp3", "a.aac", "a.flac", "a.ogg", "a.opus", "a.mka", "a.ac3"])
 def test_words_behind_damage_keep_their_times(tmp_path, name):
     codec = {"a.mka": ["-c:a", "flac", "-cluster_time_limit", 500], "a.ogg": ["-c:a", "libvorbis"]}.get(name, [])
@@ -82,6 +83,7 @@ def test_words_behind_damage_keep_their_times(tmp_path, name):
         assert abs(shift(samples, TUESDAY) - usual) < 0.2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.mp3", "a.flac", "a.mka", "a.webm", "a.aiff"])
 def test_a_file_that_was_cut_off_says_so(tmp_path, name):
     path = made(tmp_path / name)
@@ -92,6 +94,7 @@ def test_a_file_that_was_cut_off_says_so(tmp_path, name):
     assert 5 < len(samples) / RATE < 8
 
 
+@pytest.mark.slow
 def test_a_decoder_that_complains_without_end_blocks_nothing(tmp_path, capfd):
     ffmpeg("-stream_loop", 8, "-i", SAMPLE, tmp_path / "a.m4a")
     data = bytearray((tmp_path / "a.m4a").read_bytes())
@@ -105,6 +108,7 @@ def test_a_decoder_that_complains_without_end_blocks_nothing(tmp_path, capfd):
     assert capfd.readouterr() == ("", "")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.ogg", "a.mp3", "a.opus", "a.wav"])
 def test_recordings_behind_each_other(tmp_path, name):
     path = made(tmp_path / name, *(["-c:a", "libvorbis"] if name == "a.ogg" else []))
@@ -156,6 +160,7 @@ def test_a_copied_wav_that_lacks_its_end_is_not_complete(tmp_path):
     assert f"breaks off after {LENGTH:.1f} s of {2 * LENGTH:.1f}" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("codec", ["pcm_u8", "pcm_s24le", "pcm_f32le", "pcm_mulaw", "adpcm_ima_wav"])
 def test_other_kinds_of_wav(tmp_path, codec):
     samples, said = read(made(tmp_path / "a.wav", "-c:a", codec))
@@ -172,6 +177,7 @@ def film(path: Path, delay: float = 0.0, **options) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a.mkv", "a.mp4", "a.ts", "a.mov"])
 def test_a_track_that_starts_late(tmp_path, name):
     samples, said = read(film(tmp_path / name, 3.94))
@@ -179,6 +185,7 @@ def test_a_track_that_starts_late(tmp_path, name):
     assert shift(samples, TUESDAY) == pytest.approx(3.94, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_gap_in_the_container_is_silence(tmp_path):
     path = tmp_path / "a.mkv"
     ffmpeg("-i", SAMPLE, "-af", "asetpts='if(gt(T,8),PTS+5/TB,PTS)'", "-c:a", "pcm_s16le", path)
@@ -198,6 +205,7 @@ def two_tracks(tmp_path_factory):
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("track", "seconds"),
     [(None, LENGTH), ("1", 5), ("2", LENGTH), ("en", 5), ("ger", LENGTH), ("de", LENGTH), ("deu", None)],
@@ -216,6 +224,7 @@ def test_stereo_that_cancels_is_taken_from_one_channel(tmp_path):
     assert abs(shift(samples, TUESDAY)) < 0.01
 
 
+@pytest.mark.slow
 def test_rate_and_channels_that_change_on_the_way(tmp_path):
     """Two MP3 files of different kinds, one behind the other."""
     first, second = made(tmp_path / "a.mp3", "-ar", 16000), made(tmp_path / "b.mp3", "-ar", 44100, "-ac", 2)
@@ -225,6 +234,7 @@ def test_rate_and_channels_that_change_on_the_way(tmp_path):
     assert len(samples) / RATE == pytest.approx(2 * LENGTH, abs=0.3)
 
 
+@pytest.mark.slow
 def test_live_webm_in_a_pipe_comes_as_it_is_written(tmp_path):
     """What the browser records: of no length, never to be sought in. The first words are there before the last."""
     path = made(tmp_path / "a.webm", "-c:a", "libopus", "-live", 1)
@@ -249,6 +259,7 @@ def test_live_webm_in_a_pipe_comes_as_it_is_written(tmp_path):
     assert count / RATE == pytest.approx(LENGTH, abs=0.1)
 
 
+@pytest.mark.slow
 def test_a_film_whose_index_is_behind_the_pipe(tmp_path):
     data, pipe = film(tmp_path / "a.mp4").read_bytes(), tmp_path / "pipe"
     os.mkfifo(pipe)
@@ -258,6 +269,7 @@ def test_a_film_whose_index_is_behind_the_pipe(tmp_path):
     writing.join()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -274,6 +286,7 @@ def test_what_is_no_audio(tmp_path, content, message):
     assert message in read(path)[1]
 
 
+@pytest.mark.slow
 def test_a_film_without_sound_has_no_audio_track(tmp_path):
     ffmpeg("-f", "lavfi", "-i", "color=black:s=64x64:d=1", tmp_path / "a.mp4")
     assert "has no audio track" in read(tmp_path / "a.mp4")[1]
@@ -289,6 +302,7 @@ def test_a_wav_header_beyond_4_gib_is_read_again():
         assert (found.form, found.rate, found.channels, found.size) == ("s16le", RATE, 1, size or None)
 
 
+@pytest.mark.slow
 def test_folders_are_searched_by_what_is_in_the_files(tmp_path):
     """A container by any name is found; hidden files and AppleDouble's are not; links are followed, once."""
     sys.path.insert(0, str(ROOT))
@@ -313,6 +327,7 @@ def test_folders_are_searched_by_what_is_in_the_files(tmp_path):
     assert found == ["broken.mp3", "clip.m4v", "link/b.wav", "no-ending"]
 
 
+@pytest.mark.slow
 def test_words_of_damaged_files_and_pipes(server, tmp_path):
     """Through the real server: exit codes, what is said, what is marked; and a WAV without its length from stdin."""
     overwritten(made(tmp_path / "damaged.m4a"), 0.3, 0.1)

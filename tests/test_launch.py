@@ -494,6 +494,7 @@ def strict_handshake(certificate: Path, key: Path) -> None:
         assert client.getpeercert()["subject"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("manager", ["--user", "--system"])
 def test_unit(tmp_path, manager):
     """systemd finds nothing wrong with the unit, wherever the clone lies."""

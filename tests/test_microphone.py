@@ -19,7 +19,7 @@ from captioner import Captioner
 from conftest import ROOT, free_port, run_script
 from proxy import Proxy
 from pulse import Pulse, pulseaudio, until
-from scripted import scripted
+from scripted import Ear, Scripted, scripted, tones
 from speech import talk, write
 
 
@@ -40,8 +40,8 @@ def plugged(pulse):
 def speech(tmp_path_factory):
     """Two talks: (path of a WAV file, words) each."""
     folder, talks = tmp_path_factory.mktemp("speech"), []
-    for seed in (25, 35):
-        samples, spoken = talk(5.5, seed=seed)
+    for seed in (22, 245):  # four words each
+        samples, spoken = talk(2, seed=seed)
         # one second more, so that the last word is settled when the talk is over
         path = write(folder / f"{seed}.wav", np.concatenate([samples, np.zeros(16000, np.float32)]))
         talks.append((path, [text for text, _, _ in spoken]))
@@ -165,7 +165,7 @@ def test_device_unplugged_and_back(server, pulse, speech, tmp_path):
         assert half_heard[:-1] == after[: max(0, len(half_heard) - 1)]
         assert captioner.stderr.count("mic is gone") == captioner.stderr.count("mic is back") == 1
         assert [word["text"] for word in json.loads(out.read_text())["words"]] == words
-        assert soundfile.info(kept).duration > 15
+        assert soundfile.info(kept).duration > 10
 
 
 def test_suspended_device(server, pulse, speech):
@@ -187,7 +187,7 @@ def test_suspended_device(server, pulse, speech):
 def test_standing_still_for_some_seconds_is_no_unplugged_device(pulse, speech, stopped, tmp_path):
     """The whole program stops (a laptop that swaps), or its event loop alone (a terminal with Ctrl+S)."""
     stall = "import asyncio, time; real = asyncio.Runner.run\n"
-    stall += "async def late(main): asyncio.get_running_loop().call_later(4, time.sleep, 4); return await main\n"
+    stall += "async def late(main): asyncio.get_running_loop().call_later(2, time.sleep, 4); return await main\n"
     stall += "asyncio.Runner.run = lambda self, main, **options: real(self, late(main), **options)\n"
     (tmp_path / "sitecustomize.py").write_text(stall if stopped == "loop" else "")
     environment = {"PYTHONPATH": str(tmp_path)}
@@ -200,7 +200,7 @@ def test_standing_still_for_some_seconds_is_no_unplugged_device(pulse, speech, s
             time.sleep(4)
             captioner.process.send_signal(signal.SIGCONT)
         else:
-            time.sleep(8)
+            time.sleep(6)
         time.sleep(3)
         captioner.interrupt()
         assert captioner.end() == 0
@@ -218,7 +218,7 @@ def test_what_a_person_sees_after_a_resume(server, pulse, speech):
     ):
         until(lambda: re.search(r"listening +━+ +-\d+ dB  0:00:\d\d  lag \d\.\d s  mic", captioner.seen()))
         playing = pulse.play(path)
-        time.sleep(3.5)
+        time.sleep(2.5)
         proxy.refusing = True
         proxy.cut()
         playing.wait()
@@ -236,24 +236,34 @@ def test_what_a_person_sees_after_a_resume(server, pulse, speech):
         assert "●" not in notes  # the status line is gone
 
 
-def test_server_killed_and_restarted(server, pulse, speech, tmp_path):
-    if server.process is None:
-        pytest.skip("the server belongs to somebody else")
-    (path, first), (other, second) = speech
-    with captioning(pulse, "--url", server.url, "--device", "mic", "--output", tmp_path / "a.txt") as captioner:
-        pulse.play(path).wait()
-        playing = pulse.play(other)
-        time.sleep(3)
-        server.kill()
-        playing.wait()
-        captioner.said("trying again")
-        server.start().wait()
-        captioner.said("connected again")
-        captioner.heard(first + second[:-1])
-        captioner.interrupt()
-        assert captioner.end() == 0
-        assert captioner.words == first + second
-        assert (tmp_path / "a.txt").read_text().split() == first + second
+def test_server_killed_and_restarted(pulse, tmp_path):
+    """In mid-speech; for some seconds nobody listens there, and the new server knows nothing of the old one's session.
+
+    With the real server: test_faults.py. What counts here is that the microphone goes on.
+    """
+    spoken = [f"word{number}" for number in range(9)]
+    sound = np.concatenate([tones(len(spoken)), np.zeros(16000, np.float32)])
+    path = write(tmp_path / "tones.wav", sound)
+
+    def hearing() -> Scripted:
+        return Scripted(speak=Ear([f" {word}" for word in spoken]))
+
+    with contextlib.ExitStack() as life:
+        server = life.enter_context(scripted(hearing))
+        options = "--url", server.url, "--device", "mic", "--output", tmp_path / "a.txt"
+        with captioning(pulse, *options) as captioner:
+            playing = pulse.play(path)
+            captioner.heard(spoken[:3])
+            life.close()
+            captioner.said("trying again")
+            playing.wait()
+            life.enter_context(scripted(hearing, port=server.port))
+            captioner.said("connected again")
+            captioner.heard(spoken[:-1])
+            captioner.interrupt()
+            assert captioner.end() == 0
+            assert captioner.words == spoken
+            assert (tmp_path / "a.txt").read_text().split() == spoken
 
 
 def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):

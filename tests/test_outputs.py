@@ -244,7 +244,7 @@ def test_ten_hours_start_at_once_in_little_memory(server, tmp_path):
     while not (tmp_path / "x.json").exists():  # opened when the first session is at work
         assert process.poll() is None
         time.sleep(0.05)
-    time.sleep(10)
+    time.sleep(5)
     status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
     process.send_signal(signal.SIGINT)
     _, errors = process.communicate(timeout=120)

@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 import pytest
-from conftest import CHECKPOINT, ROOT, ServerProcess, free_port, run_script
+from conftest import CHECKPOINT, ROOT, ServerProcess, free_port, needs_vllm, run_script
 from hub import REPOSITORY, Hub
 from test_launch import fake_gpu
 
@@ -36,6 +36,7 @@ def refused(result: subprocess.CompletedProcess, *words: str) -> None:
         assert word in result.stderr
 
 
+@needs_vllm
 @pytest.mark.parametrize("how", ["variable", "option", "option="])
 def test_port_taken(how):
     with socket.socket() as other:
@@ -52,12 +53,14 @@ def test_port_taken(how):
         refused(result, port, "another program has this port")
 
 
+@needs_vllm
 @pytest.mark.parametrize("file", ["params.json", "tekken.json", "consolidated.safetensors"])
 def test_model_folder_without_one_of_its_files(tmp_path, file):
     shutil.copytree(CHECKPOINT, tmp_path / "model", ignore=shutil.ignore_patterns(file))
     refused(serve(MODEL=str(tmp_path / "model")), file, "missing")
 
 
+@needs_vllm
 def test_model_folder_that_is_not_there(tmp_path):
     refused(serve(MODEL=str(tmp_path / "nothing")), "no such folder")
 
@@ -71,6 +74,7 @@ def test_not_installed(tmp_path):
     refused(result, "./setup.sh")
 
 
+@needs_vllm
 def test_gpu_memory_held_by_others(tmp_path):
     """Here nvidia-smi is a script that prints what it does where another program holds most of the memory."""
     settings = fake_gpu(tmp_path, "0, GPU-1, 4000, 12288\n1, GPU-2, 6000, 12288")
@@ -78,6 +82,7 @@ def test_gpu_memory_held_by_others(tmp_path):
     refused(serve(**settings | {"CUDA_VISIBLE_DEVICES": "1,0"}), "6000 of 12288 MiB")
 
 
+@needs_vllm
 def test_what_vllm_is_started_with(tmp_path):
     """Here vllm is a script that prints its options. Those of the command line lead the ones that depend on them."""
     (tmp_path / "vllm").write_text('#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $@"\n')
@@ -106,25 +111,13 @@ def test_every_variable_of_serve_is_explained():
     assert used == explained
 
 
+@pytest.mark.slow
 def test_demo():
     """The command that the README gives first: the sample's text, exactly, in INT4."""
     result = subprocess.run(["./demo.sh"], cwd=ROOT, capture_output=True, text=True, timeout=600)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == TEXT
     assert "× real time" in result.stderr
-
-
-@pytest.fixture(scope="module")
-def locked(tmp_path_factory):
-    """A server in INT4, with a key and a certificate of its own."""
-    folder = tmp_path_factory.mktemp("locked")
-    subprocess.run([ROOT / "scripts/make-certificate", folder], check=True, capture_output=True)
-    key, certificate = folder / "key.pem", folder / "certificate.pem"
-    settings = {"VLLM_API_KEY": "sesame", "TLS_CERT": str(certificate), "TLS_KEY": str(key)}
-    process = ServerProcess(folder / "log", QUANTIZATION="bitsandbytes", MAX_NUM_SEQS="2", **settings)
-    process.certificate = certificate
-    yield process.start().wait()
-    process.kill()
 
 
 def transcribe(server, *arguments, **environment) -> subprocess.CompletedProcess:
@@ -155,6 +148,7 @@ def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):
     refused(secure, "write ws://")
 
 
+@pytest.mark.slow
 def test_first_start_from_the_hub_with_another_delay(tmp_path):
     """`MODEL=OWNER/NAME TRANSCRIPTION_DELAY_MS=2400 ./serve.sh`: the clients need to know of neither.
 

@@ -104,8 +104,7 @@ def test_pause_of_the_input_is_no_failure():
             yield pcm
         for _ in range(4):
             await asyncio.sleep(1)
-            for connection in list(servers[0]._server.connections):
-                connection.transport.abort()
+            servers[0].cut()
         async for pcm in pieces(samples[3 * RATE :]):
             yield pcm
 
