@@ -4,7 +4,7 @@
 export function obstacle() {
   if (!isSecureContext) {
     return "This page came over plain http from another machine, and browsers give such pages no microphone. "
-      + "Give the server a certificate and open the page with https:// (README: “Captions in a browser”); on the "
+      + "Give the server a certificate and open the page with https:// (docs/captions.md); on the "
       + `server's own screen http://localhost:${location.port || 80}${location.pathname} works as it is.`;
   }
   if (navigator.mediaDevices?.getUserMedia && window.AudioWorkletNode) return "";

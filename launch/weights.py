@@ -27,7 +27,7 @@ from . import Stop, network
 from .delay import cache_folder
 
 FILES = ("params.json", "tekken.json", "consolidated.safetensors")
-# Revisions that were tried, or that others pin: see the README.
+# Revisions that were tried, or that others pin: see docs/server.md.
 PINNED = {"mistralai/Voxtral-Mini-4B-Realtime-2602": "2769294da9567371363522aac9bbcfdd19447add"}
 TRIES = 3  # without a new byte
 

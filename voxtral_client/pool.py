@@ -1,6 +1,6 @@
 """Several sessions at once, their words in order.
 
-One session is bound by vLLM's work for each step; sixteen at once cost little more (README, "Measured").
+One session is bound by vLLM's work for each step; sixteen at once cost little more (docs/performance.md).
 So a long file is cut in its quietest pauses; a short one is a piece by itself.
 """
 

@@ -26,7 +26,7 @@ from .timeline import UNANSWERED_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
 PIECE = RATE // 4  # audio in one message at most
-ROLLOVER_SECONDS = 75.0  # on a stock server a frame costs more with every frame before it (README, "Long sessions")
+ROLLOVER_SECONDS = 75.0  # on a stock server a frame costs more with every frame before it (docs/performance.md)
 FLAT_ROLLOVER_SECONDS = 300.0  # where it does not: eight sessions of that length still fit beside each other on 12 GB
 STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
 RUT_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages

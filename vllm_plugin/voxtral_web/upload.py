@@ -16,7 +16,7 @@ import signal
 import sys
 from argparse import Namespace
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, aclosing, asynccontextmanager
+from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
 from importlib.machinery import PathFinder
 from importlib.util import module_from_spec
@@ -297,9 +297,15 @@ async def process(command: list[str], environment: dict[str, str]) -> AsyncItera
     try:
         yield program
     finally:
+        end(program)
+        await program.wait()
+
+
+def end(program: asyncio.subprocess.Process) -> None:
+    """Kill a program and what it has started, unless it has just ended by itself."""
+    with suppress(ProcessLookupError):
         if program.returncode is None:
             os.killpg(program.pid, signal.SIGKILL)
-        await program.wait()
 
 
 def stopping(state: Any) -> bool:
@@ -311,7 +317,7 @@ async def end_with(state: Any, program: asyncio.subprocess.Process) -> None:
     """End a program when the server is being stopped: it waits for its answers before it ends."""
     while program.returncode is None:
         if stopping(state):
-            return os.killpg(program.pid, signal.SIGKILL)
+            return end(program)
         await asyncio.sleep(0.5)
 
 
