@@ -19,7 +19,7 @@ from rich.style import Style
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 from captioner import COLUMNS, Captioner  # noqa: E402
 from pulse import pulseaudio, until  # noqa: E402

@@ -16,10 +16,9 @@ import numpy as np
 import soundfile
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
+sys.path.insert(0, str(ROOT / "scripts"))
 
 from browser import browsing, expect  # noqa: E402
-from speech import write  # noqa: E402
 
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
@@ -27,7 +26,8 @@ SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 async def run(options: argparse.Namespace) -> None:
     """Let the page hear the sample twice, and look at it in the middle of the second time."""
     samples, rate = soundfile.read(SAMPLE)
-    wav = write(Path(options.output).with_suffix(".wav"), np.concatenate([samples, np.zeros(3 * rate), samples]), rate)
+    wav = Path(options.output).with_suffix(".wav")
+    soundfile.write(wav, np.concatenate([samples, np.zeros(3 * rate), samples]), rate)
     size = {"width": options.width, "height": options.height}
     try:
         async with browsing(wav, viewport=size, color_scheme=options.scheme) as page:

@@ -22,11 +22,9 @@ import threading
 import time
 from pathlib import Path
 
+from pulse import Pulse, pulseaudio, until
+
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT / "tests"))
-
-from pulse import Pulse, pulseaudio, until  # noqa: E402
-
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
 

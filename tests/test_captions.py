@@ -19,8 +19,9 @@ import openai
 import pytest
 import srt
 import websockets
-from browser import ELSEWHERE, browsing, firefox
+from browser import ELSEWHERE, browsing
 from conftest import CHECKPOINT, FRIEND, IDLE_SECONDS, ROOT
+from firefox import firefox
 from playwright.async_api import Page, expect
 from proxy import Proxy
 from pulse import Pulse, pulseaudio

@@ -1,4 +1,4 @@
-"""Chromium with a spoken WAV file as its microphone, driven by playwright; Firefox with PulseAudio's."""
+"""Firefox with PulseAudio's microphone, driven by WebDriver BiDi."""
 
 import asyncio
 import itertools
@@ -11,35 +11,6 @@ from pathlib import Path
 
 import websockets
 from conftest import free_port
-from playwright.async_api import Page, async_playwright, expect
-
-# Any name that is not localhost is a foreign machine to the browser; this one leads back here.
-ELSEWHERE = "captions.test"
-
-expect.set_options(timeout=30_000)  # a machine may be slow; no test is about speed
-
-
-@asynccontextmanager
-async def browsing(wav: Path | None = None, **context: object) -> AsyncIterator[Page]:
-    """Open an empty page in a browser of its own; `context` goes to playwright's new_context.
-
-    `wav` is heard once, from the moment the page opens the microphone; then silence.
-    """
-    options = ["--no-sandbox", f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1"]
-    options += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]
-    if wav:
-        options.append(f"--use-file-for-fake-audio-capture={wav}%noloop")
-    async with async_playwright() as playwright:
-        browser = await playwright.chromium.launch(executable_path="/usr/bin/chromium", args=options)
-        try:
-            page = await (await browser.new_context(**context)).new_page()
-            page.faults = []
-            page.on("pageerror", lambda error: page.faults.append(error))
-            page.set_default_timeout(30_000)
-            yield page
-            assert not page.faults
-        finally:
-            await browser.close()
 
 
 class Firefox:
