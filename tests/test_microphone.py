@@ -99,6 +99,20 @@ def subtitles(path: Path) -> tuple[list[str], list[float]]:
     return words, times
 
 
+def test_json_lines_on_stdout(server, pulse, speech):
+    """Each word is a line as soon as it is final; the last line says that all is complete. No plain text between."""
+    path, spoken = speech[0]
+    with captioning(pulse, "--url", server.url, "-d", "ROOM.mon", "-f", "jsonl") as captioner:
+        pulse.play(path).wait()
+        until(lambda: captioner.stdout.count("\n") >= len(spoken) - 1)
+        captioner.interrupt()
+        assert captioner.end() == 0
+        *words, last = map(json.loads, captioner.stdout.splitlines())
+    assert [word["text"].strip() for word in words] == spoken
+    assert all(0 <= word["start"] < word["end"] for word in words)
+    assert last["complete"] is True
+
+
 def test_captions_subtitles_and_recording(server, pulse, speech, tmp_path):
     """The monitor of a loudspeaker, by name: system audio. First Ctrl+C: the last words still arrive."""
     path, spoken = speech[0]

@@ -66,6 +66,7 @@ class Captions:
 
     def __init__(self, options: argparse.Namespace, screen: Screen):
         self.options, self.screen, self.files = options, screen, []
+        self.complete = False  # it ended by Ctrl+C or --max-duration, and the last words came
         self.plain = not options.format or bool(options.output)  # stdout gets plain text
         server = server_from(options)
         self.microphone = Microphone(options.device, options.channels, screen.say)
@@ -112,7 +113,12 @@ class Captions:
         """Write to a file that was asked for, or close it; where that fails, the captions go on without it."""
         try:
             if file in self.files:
-                file.close() if item is None else file.write(item)
+                if item is not None:
+                    file.write(item)
+                elif file is self.writer:
+                    file.close(complete=self.complete)
+                else:
+                    file.close()
         except OSError as error:
             if file is self.writer and not self.options.output:
                 raise  # standard output
@@ -165,6 +171,7 @@ class Captions:
             async with aclosing(self.transcriber.words(self.heard(interrupts.stop))) as words:
                 async for word in words:
                     self.write(word)
+            self.complete = True
         finally:
             drawing.cancel()
             for word in timeline.tail:  # no session will replace it any more

@@ -61,6 +61,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--plot {options.plot}: the picture is an SVG: name it so")
     if options.processes is not None and options.processes < 1:
         parser.error("--processes must be 1 or more")
+    if not options.audio and not SAMPLE.exists():
+        parser.error("the sample is not installed: give a FILE of audio")
     if options.duration < 4:
         parser.error("--duration must be 4 seconds or more: the last quarter is looked at by itself")
     return options

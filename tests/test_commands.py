@@ -1,0 +1,68 @@
+"""The commands that `pip install .` gives, and options that people know from Whisper and sounddevice."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import srt
+from conftest import CHECKPOINT, ROOT, run_script
+
+import voxtral_client
+
+SAMPLE = CHECKPOINT / "sample.wav"
+COMMANDS = ("transcribe", "captions", "benchmark", "evaluate")
+
+
+@pytest.mark.slow  # pip builds the package
+def test_installed_commands(tmp_path):
+    """They run from an empty folder, with nothing of the clone in reach."""
+    source, site = tmp_path / "source", tmp_path / "site"
+    for folder in ("voxtral_client", "voxtral_measure"):
+        shutil.copytree(ROOT / folder, source / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "README.md", "requirements-client.txt", "requirements-evaluate.txt"):
+        shutil.copy(ROOT / name, source)
+    install = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "-q", "--no-deps"]
+    subprocess.run([*install, "--target", site, source], check=True, capture_output=True)
+    environment = os.environ | {"PYTHONPATH": str(site)}
+    for name in COMMANDS:
+        command = [sys.executable, site / "bin" / f"voxtral-{name}", "--version"]
+        result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+        assert (result.returncode, result.stdout) == (0, f"{voxtral_client.__version__}\n"), result.stderr
+    command = [sys.executable, site / "bin" / "voxtral-benchmark"]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
+    assert (result.returncode, result.stderr.splitlines()[-1].partition("error: ")[2]) == (
+        2,
+        "the sample is not installed: give a FILE of audio",
+    )
+
+
+@pytest.mark.parametrize("option", ["--max_line_width", "--max-line-width"])
+def test_nonsense_for_a_subtitle(option):
+    result = run_script("test_file_transcribe.py", SAMPLE, option, 0)
+    assert (result.returncode, result.stderr.splitlines()[-1].partition("error: ")[2]) == (
+        2,
+        "--max_line_width must be 1 or more",
+    )
+
+
+def test_all_formats_and_the_size_of_subtitles(server, tmp_path):
+    size = ["--max-line-width=12", "--max_line_count", 1]
+    options = ["--url", server.url, "--format", "all", "--output", f"{tmp_path}/", *size]
+    result = run_script("test_file_transcribe.py", "--audio-path", SAMPLE, *options)
+    assert result.returncode == 0, result.stderr
+    assert {path.suffix for path in tmp_path.iterdir()} == {".txt", ".srt", ".vtt", ".tsv", ".json", ".jsonl"}
+    cues = list(srt.parse((tmp_path / "sample.srt").read_text(), ignore_errors=False))
+    assert max(len(cue.content) for cue in cues) <= 12
+    head, *rows = (line.split("\t") for line in (tmp_path / "sample.tsv").read_text().splitlines())
+    assert head == ["start", "end", "text"]
+    assert [row[2] for row in rows] == [cue.content for cue in cues]
+    times = [(round(cue.start.total_seconds() * 1000), round(cue.end.total_seconds() * 1000)) for cue in cues]
+    assert [(int(start), int(end)) for start, end, _ in rows] == times
+
+
+def test_the_microphone_names_the_formats():
+    result = run_script("stream_microphone.py", "-o", "talk.mp3")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "cannot tell the format" in result.stderr
