@@ -6,7 +6,7 @@ import 'dart:typed_data';
 
 const rate = 16000, frame = 1280, hop = 320; // samples: a second, one delta, one level reading
 const settleAfter = 4 * frame; // a word's text comes within 0.32 s of its end
-const pause = 3 * frame; // silence wanted on either side of a settled point
+const pause = 3 * frame; // silence required on both sides of a commit point
 // Chinese and Japanese are written without spaces.
 final unspaced = RegExp(
     r'[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]',

@@ -2,7 +2,7 @@
 
 
 class Stop(Exception):
-    """One line for the user, naming the mend; `code` is the exit code (2: a setting is wrong, else 1)."""
+    """One line for the user, naming the fix; `code` is the exit code (2: a setting is wrong, else 1)."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)

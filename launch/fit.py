@@ -27,7 +27,7 @@ from .weights import is_full_size
 
 GIB = 2**30
 BLOCK = 16 * 2**20  # bytes
-WEIGHTS = {"bitsandbytes": 3.06, "none": 8.43, "mxfp4": 2.93}  # GiB on the GPU
+WEIGHTS = {"bitsandbytes": 3.06, "none": 8.43, "mxfp4": 2.93, "fp8": 4.88}  # GiB on the GPU
 WEIGHTS_BF16_ENCODER = 4.3  # bitsandbytes with VOXTRAL_INT4_ENCODER=0
 OTHER = 1.2  # GiB, without graphs
 OTHER_AT_LEAST = 0.6  # GiB; between the two it is tried, with a warning
@@ -72,25 +72,25 @@ def check(settings: Settings, free: int, total: int) -> None:
     plan = plan_of(settings, total)
     most = math.floor(100 * free / total) / 100
     if free < share * total:
-        mend = f"or set {settings.assignment('GPU_MEMORY_UTILIZATION', f'{most:.2f}')}"
+        fix = f"or set {settings.assignment('GPU_MEMORY_UTILIZATION', f'{most:.2f}')}"
         if plan and not (smaller := suggestion(settings, replace(plan, share=most), most)):
-            mend = f"{Plan.needed(replace(plan, length=2048, batch=128)):.1f} GiB is the least that can work"
+            fix = f"{Plan.needed(replace(plan, length=2048, batch=128)):.1f} GiB is the least that can work"
         elif plan:
-            mend = f"or set {smaller}"
+            fix = f"or set {smaller}"
         raise Stop(
-            f"{free} of {total} MiB of GPU memory are free, but {share * total:.0f} are wanted: "
-            f"end other programs on the GPU (see nvidia-smi), {mend}"
+            f"{free} of {total} MiB of GPU memory are free, but {share * total:.0f} must be: "
+            f"end other programs on the GPU (see nvidia-smi), {fix}"
         )
     if plan is None:
         return
     minutes, work = int(plan.length * 0.08 / 60), OTHER + plan.graphs
     if not plan.sessions():
-        mend = suggestion(settings, plan, min(most, SHARE_AT_MOST))
-        mend = f"set {mend}" if mend else "this GPU is too small; QUANTIZATION=bitsandbytes needs the least"
+        fix = suggestion(settings, plan, min(most, SHARE_AT_MOST))
+        fix = f"set {fix}" if fix else "this GPU is too small; QUANTIZATION=bitsandbytes needs the least"
         text = (
             f"{share * total / 1024:.1f} GiB of GPU memory are to be used, but {plan.needed():.1f} are needed: "
             f"{plan.weights:.1f} for the weights, {work:.1f} for vLLM's work, "
-            f"{plan.blocks_of_a_session * BLOCK / GIB:.1f} for one session of {minutes} min: {mend}"
+            f"{plan.blocks_of_a_session * BLOCK / GIB:.1f} for one session of {minutes} min: {fix}"
         )
         if not plan.sessions(OTHER_AT_LEAST):
             raise Stop(text)

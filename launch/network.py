@@ -35,12 +35,12 @@ def check_port(host: str, port: str) -> None:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
     except (OSError, ValueError, OverflowError) as error:
-        mend = error
+        fix = error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            mend = "another program has this port: stop it, or choose another, PORT=8001 ./serve.sh"
+            fix = "another program has this port: stop it, or choose another, PORT=8001 ./serve.sh"
         elif getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
-            mend = "HOST must be an address of this machine; 0.0.0.0 for all of them"
-        raise Stop(f"{host}:{port}: {mend}") from None
+            fix = "HOST must be an address of this machine; 0.0.0.0 for all of them"
+        raise Stop(f"{host}:{port}: {fix}") from None
 
 
 def is_loopback(host: str) -> bool:

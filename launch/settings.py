@@ -20,9 +20,9 @@ OPTIONS = {
     "--api-key": "API_KEY",
     "--kv-cache-dtype": "KV_CACHE_DTYPE",
 }
-WHOLE = "PORT MAX_MODEL_LEN MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS CPU_KVCACHE_GB MAX_UPLOAD_MB UPLOAD_SESSIONS".split()
+INTEGERS = "PORT MAX_MODEL_LEN MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS CPU_KVCACHE_GB MAX_UPLOAD_MB UPLOAD_SESSIONS".split()
 FIRST_CHUNK = 39  # tokens with which a session begins: 1 + 32 of padding + the delay of 480 ms
-NUMBERS = dict.fromkeys(WHOLE, int) | {"GPU_MEMORY_UTILIZATION": float, "SESSION_IDLE_MINUTES": float}
+NUMBERS = dict.fromkeys(INTEGERS, int) | {"GPU_MEMORY_UTILIZATION": float, "SESSION_IDLE_MINUTES": float}
 
 
 class Settings:
@@ -45,7 +45,7 @@ class Settings:
                 fits = False
             if not fits and variable not in self._given:
                 whole = "whole " if kind is int else ""
-                raise Stop(f"{variable}={text}: a {whole}number {least} is wanted", 2)
+                raise Stop(f"{variable}={text}: must be a {whole}number {least}", 2)
         if not self["MAX_NUM_BATCHED_TOKENS"] and (seqs := self.number("MAX_NUM_SEQS")):
             # Two sessions that begin beside all others that go on; more would only reserve memory in each session.
             self._default["MAX_NUM_BATCHED_TOKENS"] = str(-(-(2 * FIRST_CHUNK + int(seqs)) // 8) * 8)

@@ -117,8 +117,8 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
         raise Stop(f"{text} ({endpoint}/settings/tokens)") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        mend = "look at HF_TOKEN" if status in (401, 403) else "try again later"
-        raise Stop(f"{page} answers with HTTP {status}: {mend}") from None
+        fix = "look at HF_TOKEN" if status in (401, 403) else "try again later"
+        raise Stop(f"{page} answers with HTTP {status}: {fix}") from None
     except (httpx2.TransportError, errors.LocalEntryNotFoundError) as error:
         text = f"{page} cannot be reached: {network.cause(error, endpoint)}"
         raise Stop(f"{text} (the first start needs the network, later ones do not)") from None

@@ -21,7 +21,7 @@ from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
 from voxtral_client.protocol import FRAME, RATE
-from voxtral_client.session import Done, Lost
+from voxtral_client.session import Done, SessionLost
 
 sys.path.insert(0, str(ROOT / "vllm_plugin"))
 
@@ -63,7 +63,7 @@ class Scripted:
             if self._over:
                 self._say(Done(33 + self.delay, self.frames))
         if self.messages == self.fault:
-            self.events.put_nowait(Lost("connection lost (no closing message)"))
+            self.events.put_nowait(SessionLost("connection lost (no closing message)"))
         await asyncio.sleep(self.block(self.messages))
 
     async def finish(self):

@@ -31,7 +31,7 @@ from test_timeline import Model, audio_of
 
 from voxtral_client.audio import to_pcm16
 from voxtral_client.protocol import FRAME, RATE
-from voxtral_client.session import Lost, Server
+from voxtral_client.session import Server, SessionLost
 from voxtral_client.timeline import Timeline
 
 pytestmark = pytest.mark.slow
@@ -238,7 +238,7 @@ def test_slot_of_an_idle_session_goes_to_who_waits(locked, speech):
             await session.send(bytes(2 * RATE))
             await session.receive()
             started.set()
-            with pytest.raises(Lost, match=r"4408 idle: no message for 0\.05 minutes"):
+            with pytest.raises(SessionLost, match=r"4408 idle: no message for 0\.05 minutes"):
                 while True:
                     await session.receive()
 

@@ -300,7 +300,7 @@ def test_wrong_settings(launch, tmp_path):
     model = {"MODEL": str(CHECKPOINT)}
     refused(launch("--tokenizer", "x", **model, TRANSCRIPTION_DELAY_MS="960"), "--tokenizer", code=2)
     refused(launch(**model, PORT="eighty"), "PORT=eighty", code=2)
-    refused(launch(**model, CPU_KVCACHE_GB="1.5"), "CPU_KVCACHE_GB=1.5: a whole number", code=2)
+    refused(launch(**model, CPU_KVCACHE_GB="1.5"), "CPU_KVCACHE_GB=1.5: must be a whole number", code=2)
     few = {"MAX_NUM_SEQS": "600", "MAX_NUM_BATCHED_TOKENS": "512"}
     refused(launch(**model, **few), "less than MAX_NUM_SEQS=600: set MAX_NUM_BATCHED_TOKENS=600", code=2)
     result = launch("--max-num-seqs", "600", "--max-num-batched-tokens=512", **model)
@@ -327,7 +327,7 @@ FIT = [
     ("24000, 24576", {"QUANTIZATION": "none"}, "room for about 8.2 sessions"),
     ("8000, 8192", {"QUANTIZATION": "none"}, "set QUANTIZATION=bitsandbytes"),
     ("11900, 12288", NONE_512, "set GPU_MEMORY_UTILIZATION=0.95 MAX_NUM_BATCHED_TOKENS=128"),
-    ("7100, 12288", {}, "7100 of 12288 MiB of GPU memory are free, but 11059 are wanted"),
+    ("7100, 12288", {}, "7100 of 12288 MiB of GPU memory are free, but 11059 must be"),
     ("7100, 12288", {}, "or set GPU_MEMORY_UTILIZATION=0.57"),
     ("4000, 12288", {}, "5.4 GiB is the least that can work"),
     ("4000, 4096", {}, "this GPU is too small"),

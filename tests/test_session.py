@@ -17,7 +17,7 @@ from voxtral_client import session
 from voxtral_client.audio import to_pcm16
 from voxtral_client.protocol import RATE
 from voxtral_client.proxies import proxy_for
-from voxtral_client.session import Lost, Refused, Server
+from voxtral_client.session import Refused, Server, SessionLost
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import GaveUp, Transcriber
 
@@ -140,9 +140,9 @@ def refused(url: str, key: str | None = None) -> tuple[str, str]:
 
     async def run() -> tuple[str, str]:
         server = Server(url, key)
-        with pytest.raises((Refused, Lost)) as asked:
+        with pytest.raises((Refused, SessionLost)) as asked:
             await server.models()
-        with pytest.raises((Refused, Lost)) as opened:
+        with pytest.raises((Refused, SessionLost)) as opened:
             async with server.session("scripted"):
                 pass
         return str(asked.value), str(opened.value)

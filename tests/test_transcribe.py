@@ -26,7 +26,7 @@ def transcribe(*arguments, **options) -> subprocess.CompletedProcess:
 
 
 def fails(result: subprocess.CompletedProcess, code: int, *words: str) -> None:
-    """One line on stderr that names the mend, nothing on stdout, the right exit code."""
+    """One line on stderr that names the fix, nothing on stdout, the right exit code."""
     assert result.returncode == code, result
     assert result.stdout == ""
     assert len(result.stderr.strip().splitlines()) == 1, result.stderr

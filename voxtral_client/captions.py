@@ -56,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return options
 
 
-def clock(duration: float) -> str:
+def hms(duration: float) -> str:
     """Return seconds as H:MM:SS."""
     return f"{duration // 3600:.0f}:{duration // 60 % 60:02.0f}:{duration // 1 % 60:02.0f}"
 
@@ -85,7 +85,7 @@ class Captions:
         if message and (state == "CONNECTING" or self.state != "WAITING"):
             self.screen.say(message)
         elif state == "LISTENING" and self.state == "WAITING":
-            missing = f"; lost: audio from {clock(lost[0][0])} to {clock(lost[-1][1])}" if lost else ""
+            missing = f"; lost: audio from {hms(lost[0][0])} to {hms(lost[-1][1])}" if lost else ""
             self.screen.say(f"connected again{missing}")
             self.losing = False
             lost.clear()
@@ -99,7 +99,7 @@ class Captions:
         filled = max(0, min(12, round((microphone.level + 60) / 5)))
         meter = ("━" * filled, "green" if microphone.level < -3 else "red"), ("━" * (12 - filled), "bright_black")
         line = Text.assemble((f"● {state.lower():10}", color), *meter, f" {microphone.level:4.0f} dB  ", no_wrap=True)
-        return line.append(f"{clock(elapsed)}  lag {self.transcriber.lag:.1f} s  {microphone.device.name}", "dim")
+        return line.append(f"{hms(elapsed)}  lag {self.transcriber.lag:.1f} s  {microphone.device.name}", "dim")
 
     async def redraw(self) -> None:
         """Keep the tail and the status line up to date."""
@@ -139,7 +139,7 @@ class Captions:
         self.screen.write(word.text.lstrip() if self.fresh else word.text)
         self.fresh, self.last_end = False, word.end
 
-    async def heard(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
+    async def audio(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield what the microphone hears, and record it."""
         async with aclosing(self.microphone.chunks(stop)) as chunks:
             async for pcm in chunks:
@@ -168,7 +168,7 @@ class Captions:
         drawing = asyncio.create_task(self.redraw())
         timeline = self.transcriber.timeline
         try:
-            async with aclosing(self.transcriber.words(self.heard(interrupts.stop))) as words:
+            async with aclosing(self.transcriber.words(self.audio(interrupts.stop))) as words:
                 async for word in words:
                     self.write(word)
             self.complete = True
@@ -182,7 +182,7 @@ class Captions:
             if self.options.output and not timeline.heard:
                 Path(self.options.output).unlink(missing_ok=True)  # it would only be in the way
         dropped = f", {self.microphone.dropped} blocks of audio lost" if self.microphone.dropped else ""
-        self.screen.say(f"{clock(timeline.heard / RATE)} heard, {self.transcriber.sessions} sessions{dropped}")
+        self.screen.say(f"{hms(timeline.heard / RATE)} heard, {self.transcriber.sessions} sessions{dropped}")
         return 0
 
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from . import UserError, __version__
 from .protocol import DEFAULT_URL
-from .session import Lost, Refused, Server
+from .session import Refused, Server, SessionLost
 from .subtitles import LIMITS
 from .transcriber import GIVE_UP_SECONDS, GaveUp
 
@@ -145,7 +145,7 @@ def run(main: Awaitable[int]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until Interrupts takes over
     try:
         return asyncio.run(_ended(main))
-    except (Refused, Lost, GaveUp, UserError) as error:
+    except (Refused, SessionLost, GaveUp, UserError) as error:
         print(f"error: {error}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)

@@ -18,7 +18,7 @@ from .audio import AudioError
 from .cli import Interrupts, Parser, add_cue_options, add_server_options, fault, run, server_from
 from .media import AudioFile, AudioSource, StandardInput, is_audio
 from .outputs import Outputs, Transcript, readable
-from .pool import Piece, Pool, Stopped, cut, whole
+from .pool import Piece, Pool, Stopped, cut, uncut
 from .protocol import RATE
 from .screen import Screen
 from .subtitles import FORMATS
@@ -200,7 +200,7 @@ async def transcribe(options: argparse.Namespace) -> int:
 def pieces(sources: list[AudioSource], pool: Pool) -> Iterator[Piece]:
     """Yield the pieces of all files, each read when it is asked for."""
     for number, source in enumerate(sources):
-        yield from cut(number, source, lambda: pool.width) if pool.size > 1 else whole(number, source)
+        yield from cut(number, source, lambda: pool.width) if pool.size > 1 else uncut(number, source)
 
 
 class Transcripts:
@@ -232,7 +232,7 @@ class Transcripts:
                 self._fail(str(item))
             self._count(piece)
             if piece.last:
-                self._whole = True
+                self._ended = True
                 self.close()
 
     def close(self) -> None:
@@ -240,7 +240,7 @@ class Transcripts:
         if self._file is None:
             return
         file, self._file, number = self._file, None, self.begun - 1
-        if not self._whole and number not in self.failed:
+        if not self._ended and number not in self.failed:
             self.stopped.add(number)
         if self._outputs.to_screen and self._any_text:
             self._screen.write("\n")
@@ -258,7 +258,7 @@ class Transcripts:
     def _open(self, piece: Piece) -> None:
         self.begun = piece.file + 1
         self._file = self._outputs.open(self._sources[piece.file].name)
-        self._started, self._whole, self._any_text = piece.begun, False, False
+        self._started, self._ended, self._any_text = piece.begun, False, False
         self._sessions, self._seconds, self._usage = 0, 0.0, {"prompt_tokens": 0, "completion_tokens": 0}
 
     def _count(self, piece: Piece) -> None:

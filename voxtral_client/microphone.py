@@ -101,7 +101,7 @@ def _pulse_sources() -> list[str]:
 def choose(wanted: str | None, found: list[Device]) -> Device:
     """Return the device with this number or part of a name; the system's default for None.
 
-    Raises AudioError with one line that names the mend.
+    Raises AudioError with one line that names the fix.
     """
     if not found:
         raise AudioError("no input device; plug one in or allow this program to use it in the system's settings")

@@ -18,7 +18,7 @@ from .audio import stream, threaded
 from .cli import fault
 from .media import AudioSource
 from .protocol import RATE
-from .session import Lost, Refused
+from .session import Refused, SessionLost
 from .timeline import HOP, Word
 from .transcriber import GaveUp, Transcriber
 
@@ -48,7 +48,7 @@ class Piece:
     items: asyncio.Queue = field(default_factory=asyncio.Queue)  # Word; at the end None or the Exception
 
 
-def whole(number: int, source: AudioSource) -> Iterator[Piece]:
+def uncut(number: int, source: AudioSource) -> Iterator[Piece]:
     """Return a file as one piece, streamed from disk."""
     yield Piece(number, 0, Streamed(source), True, source.endless)
 
@@ -230,8 +230,8 @@ class Pool:
                     piece.items.put_nowait(self._placed(word, piece))
             if ended.is_set() or piece.endless:
                 end = None
-        except (Refused, Lost, GaveUp) as error:
-            end, busy = error, isinstance(error, Lost) and error.busy
+        except (Refused, SessionLost, GaveUp) as error:
+            end, busy = error, isinstance(error, SessionLost) and error.busy
             self._lost, self._refused = self._lost or not busy, self._refused or busy
         except UserError as error:
             end = error

@@ -7,7 +7,7 @@
 
 Behaviour of vLLM 0.32.0, read in its `entrypoints/speech_to_text/realtime/` and run. Everything
 that can go wrong becomes one of two exceptions: `Refused` (trying again is useless) and
-`Lost` (a new session may go on where this one stopped).
+`SessionLost` (a new session may go on where this one stopped).
 """
 
 import asyncio
@@ -34,7 +34,7 @@ class Refused(Exception):
     """The server will not do this, however often it is asked; the message is one line."""
 
 
-class Lost(Exception):
+class SessionLost(Exception):
     """The session is gone or was not granted; the message is one line.
 
     `busy`: the server is well but all its sessions are taken.
@@ -86,7 +86,7 @@ class Server:
 
         Of each model: `id`; `max_model_len` in tokens, or None; `voxtral_speed`: True where a frame costs the same
         however long the session is, which stock vLLM does not say. Asks only once. Raises Refused (wrong key,
-        not a vLLM server) or Lost (nobody there, not ready).
+        not a vLLM server) or SessionLost (nobody there, not ready).
         """
         parts = urlsplit(self.url)
         path = parts.path.removesuffix("/realtime") + "/models"
@@ -95,7 +95,7 @@ class Server:
         return self._models
 
     async def model(self, name: str | None = None) -> dict:
-        """Return the entry of `models` for `name`, by default the first. Raises Refused where there is none, Lost."""
+        """Return the entry of `models` for `name` or the first. Raises Refused (no such model), or as `models`."""
         known = {entry["id"]: entry for entry in await self.models()}
         if not known:
             raise Refused(f"{self.url}: the server serves no model")
@@ -149,11 +149,11 @@ class Server:
         except ValueError as error:
             raise Refused(str(error)) from None
 
-    def _absent(self, reason: object, proxy: str | None) -> Lost:
+    def _absent(self, reason: object, proxy: str | None) -> SessionLost:
         why = printable(getattr(reason, "strerror", None) or reason)
         if proxy:
-            return Lost(f"{through(self.url, proxy)}: no answer ({why})", absent=True)
-        return Lost(f"{self.url}: no server answers there ({why}); start ./serve.sh", absent=True)
+            return SessionLost(f"{through(self.url, proxy)}: no answer ({why})", absent=True)
+        return SessionLost(f"{self.url}: no server answers there ({why}); start ./serve.sh", absent=True)
 
     def _untrusted(self, error: ssl.SSLCertVerificationError) -> Refused:
         return Refused(f"{self.url}: certificate not trusted ({error.verify_message}); give it with --cafile FILE")
@@ -161,10 +161,10 @@ class Server:
     def _stranger(self) -> Refused:
         return Refused(f"{self.url}: not a vLLM realtime server")
 
-    def _http_refusal(self, code: int, proxy: str | None) -> Refused | Lost:
+    def _http_refusal(self, code: int, proxy: str | None) -> Refused | SessionLost:
         where = through(self.url, proxy)
         if code >= 500:
-            return Lost(f"{where}: the server is not well (HTTP {code})")
+            return SessionLost(f"{where}: the server is not well (HTTP {code})")
         if code == 401:
             return Refused(f"{where}: wrong API key (HTTP 401); set VLLM_API_KEY to the server's")
         if code == 403:
@@ -175,7 +175,7 @@ class Server:
 
     @asynccontextmanager
     async def session(self, model: str) -> AsyncIterator["Session"]:
-        """Open a session on `model`, ready for audio. Raises Refused or Lost."""
+        """Open a session on `model`, ready for audio. Raises Refused or SessionLost."""
         proxy = await asyncio.to_thread(self._proxy)
         try:
             connection = await websockets.connect(
@@ -191,7 +191,7 @@ class Server:
         except (websockets.InvalidStatus, websockets.InvalidProxyStatus) as error:
             raise self._http_refusal(error.response.status_code, proxy) from None
         except (websockets.InvalidHandshake, websockets.InvalidMessage):
-            raise Lost(f"{through(self.url, proxy)}: the handshake broke off") from None
+            raise SessionLost(f"{through(self.url, proxy)}: the handshake broke off") from None
         except ssl.SSLCertVerificationError as error:
             raise self._untrusted(error) from None
         except (OSError, TimeoutError) as error:
@@ -224,12 +224,12 @@ class Session:
         self._socket = socket
 
     async def start(self, model: str) -> None:
-        """Choose the model and start the transcription. Raises Refused or Lost."""
+        """Choose the model and start the transcription. Raises Refused or SessionLost."""
         try:
             async with asyncio.timeout(ANSWER_SECONDS):
                 created = await self._receive()
         except TimeoutError:
-            raise Lost(f"the server did not greet within {ANSWER_SECONDS:.0f} s") from None
+            raise SessionLost(f"the server did not greet within {ANSWER_SECONDS:.0f} s") from None
         if created.get("type") == "error":
             raise self._error(created)
         if created.get("type") != "session.created":
@@ -238,17 +238,17 @@ class Session:
         await self._send("input_audio_buffer.commit")
 
     async def send(self, pcm: bytes) -> None:
-        """Send PCM16 audio, 16 kHz mono, an even number of bytes. Raises Lost."""
+        """Send PCM16 audio, 16 kHz mono, an even number of bytes. Raises SessionLost."""
         await self._send("input_audio_buffer.append", audio=base64.b64encode(pcm).decode())
 
     async def finish(self) -> None:
-        """Say that no more audio comes; the server then flushes what it holds back. Raises Lost."""
+        """Say that no more audio comes; the server then flushes what it holds back. Raises SessionLost."""
         await self._send("input_audio_buffer.commit", final=True)
 
     async def receive(self) -> str | Done:
         """Return the text of the next frame (mostly empty), or Done. Safe to cancel.
 
-        Raises Refused or Lost, also for an `error` event.
+        Raises Refused or SessionLost, also for an `error` event.
         """
         while True:
             event = await self._receive()
@@ -268,19 +268,19 @@ class Session:
             return Refused(f"{text} Leave out --model to take what the server serves.")
         if code in ("model_not_validated", "invalid_event", "invalid_audio", "invalid_json", "unknown_event"):
             return Refused(f"the server refused a message ({printable(code)}): {text}")
-        return Lost(f"server error: {text}", busy="currently busy" in text)
+        return SessionLost(f"server error: {text}", busy="currently busy" in text)
 
     async def _send(self, kind: str, **fields: object) -> None:
         try:
             await self._socket.send(json.dumps({"type": kind} | fields))
         except (websockets.ConnectionClosed, OSError) as error:
-            raise Lost(f"connection lost ({_closing(error)})") from None
+            raise SessionLost(f"connection lost ({_closing(error)})") from None
 
     async def _receive(self) -> dict:
         try:
             event = json.loads(await self._socket.recv())
         except (websockets.ConnectionClosed, OSError) as error:
-            raise Lost(f"connection lost ({_closing(error)})") from None
+            raise SessionLost(f"connection lost ({_closing(error)})") from None
         except ValueError:
             raise Refused("not a vLLM realtime server: a message was not JSON") from None
         if not isinstance(event, dict):

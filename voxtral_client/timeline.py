@@ -26,7 +26,7 @@ from .protocol import FRAME, RATE
 
 HOP = 320  # samples of one level reading: 20 ms
 SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, then a piece a frame
-PAUSE = 3 * FRAME  # silence wanted on either side of a settled point
+PAUSE = 3 * FRAME  # silence required on both sides of a commit point
 MAX_TAIL = 30 * RATE  # so much unsettled audio without a pause is settled between two words
 UNANSWERED_SECONDS = 1.5  # sound without a word that may be a cough; more of it is not settled unasked
 NEAR = RATE // 2  # so far beside a pause, or before a word's end, what is loud is the voice

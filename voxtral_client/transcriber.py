@@ -21,7 +21,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 
 from .protocol import FRAME, RATE
-from .session import Done, Lost, Server, Session
+from .session import Done, Server, Session, SessionLost
 from .timeline import UNANSWERED_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
@@ -74,7 +74,7 @@ class Transcriber:
         `rollover_after` (default: ROLLOVER_SECONDS, on a server whose frames all cost the same FLAT_ROLLOVER_SECONDS,
         or half the limit if that is less) is the age at which a session ends at the next pause; at four times that, or
         at the limit, it ends without one.
-        `numbers` gives the sessions their numbers. `impatient`: raise Lost where the first session
+        `numbers` gives the sessions their numbers. `impatient`: raise SessionLost where the first session
         of all is refused because the server is busy, in place of waiting.
         """
         self.timeline = Timeline(numbers)
@@ -92,7 +92,7 @@ class Transcriber:
         self._more = asyncio.Event()  # audio or room for it has come
 
     async def open(self) -> None:
-        """Ask the server what it serves. Raises Refused or Lost where it cannot be used."""
+        """Ask the server what it serves. Raises Refused or SessionLost where it cannot be used."""
         self._notify("CONNECTING", "")
         model = await self._server.model(self._model)
         self._model, tokens = model["id"], model["max_model_len"]
@@ -115,7 +115,7 @@ class Transcriber:
     async def words(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[Word]:
         """Yield the words of `chunks` (PCM16 bytes, 16 kHz mono) as they settle.
 
-        Raises Refused or GaveUp, or Lost if impatient; all settled words have been yielded by then, the rest stands in
+        Raises Refused or GaveUp, or SessionLost if impatient; all final words have been yielded by then, the rest is in
         `timeline.tail`. Exceptions of `chunks` come through, after the words before them.
         """
         intake = asyncio.create_task(self._hear(chunks))
@@ -150,7 +150,7 @@ class Transcriber:
                     finally:
                         feeding.cancel()
                         await asyncio.gather(feeding, return_exceptions=True)
-            except Lost as error:
+            except SessionLost as error:
                 trouble = error
             if timeline.understood > furthest or self._idle():  # what is understood once more is no progress
                 failures, furthest = 0, max(furthest, timeline.understood)
@@ -174,7 +174,7 @@ class Transcriber:
         self._notify("DONE", "")
 
     async def _step(self, session: Session) -> bool:
-        """Book the next delta; return False where a new session should go on. Raises Lost."""
+        """Book the next delta; return False where a new session should go on. Raises SessionLost."""
         timeline, clock = self.timeline, asyncio.get_running_loop().time
         settled = timeline.settled
         try:
@@ -185,7 +185,7 @@ class Transcriber:
             if self._sent - timeline.understood < MAX_DELAY and not self._ended:
                 self._last_delta = clock()  # the server has nothing to work on
             if clock() - self._last_delta > self._stall_after:
-                raise Lost(f"no answer for {self._stall_after:g} s") from None
+                raise SessionLost(f"no answer for {self._stall_after:g} s") from None
         if timeline.understood < timeline.settled:
             return False  # the audio it is working on was dropped
         if delta is None:
@@ -224,9 +224,9 @@ class Transcriber:
         return False
 
     def _finish(self, done: Done) -> bool:
-        """Book the end of a session that the server ended. Returns False. Raises Lost."""
+        """Book the end of a session that the server ended. Returns False. Raises SessionLost."""
         if self.timeline.session_length == 0:
-            raise Lost("the server ended the session without a word")
+            raise SessionLost("the server ended the session without a word")
         self._prompt = done.prompt_tokens
         if self._ended and self.timeline.understood >= self.timeline.heard + FLUSH:
             self.timeline.finish()
@@ -234,7 +234,7 @@ class Transcriber:
             settled = self.timeline.settled
             self.timeline.settle_between_words()  # the server's limit came first
             if self.timeline.settled == settled:
-                raise Lost("the server ended the session before a word could settle")
+                raise SessionLost("the server ended the session before a word could settle")
         return False
 
     async def _hear(self, chunks: AsyncIterator[bytes]) -> None:
@@ -266,7 +266,7 @@ class Transcriber:
                     return await session.finish()
                 else:
                     await self._wait()
-        except Lost:
+        except SessionLost:
             pass  # the receiving side sees it too, after what had arrived before
 
     async def _audio_there(self) -> bool:

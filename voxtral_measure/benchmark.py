@@ -17,9 +17,9 @@ from voxtral_client.cli import Parser, add_server_options, run, seconds, server_
 from voxtral_client.media import AudioFile
 from voxtral_client.protocol import FRAME
 from voxtral_client.screen import Screen
-from voxtral_client.session import Lost, Refused
+from voxtral_client.session import Refused, SessionLost
 
-from .figures import find_limit, holds, processes_for, summary, whole
+from .figures import find_limit, holds, processes_for, summary, unbroken
 from .load import delay_tokens
 from .plot import svg
 
@@ -92,7 +92,7 @@ class Benchmark:
         self.model, self.delay = "", 0
 
     async def open(self) -> None:
-        """Ask the server what it is, and make it warm. Raises Refused or Lost."""
+        """Ask the server what it is, and make it warm. Raises Refused or SessionLost."""
         server, options = server_from(self.options), self.options
         model = await server.model(options.model)
         self.model, tokens = model["id"], model["max_model_len"]
@@ -111,7 +111,7 @@ class Benchmark:
                 server = server_from(self.options)
                 self.delay = await delay_tokens(server, self.model, self.options.give_up_after)
                 return
-            except Lost as error:
+            except SessionLost as error:
                 if not error.busy:
                     raise
             if not left:
@@ -239,7 +239,7 @@ async def limit(benchmark: Benchmark) -> dict:
         elif figures["client"]["is_limit"]:
             reasons[streams] = "client"
         else:
-            reasons[streams] = "lag" if whole(figures) else "broken streams"
+            reasons[streams] = "lag" if unbroken(figures) else "broken streams"
         return holds(figures, max_lag)
 
     most = await find_limit(measure, benchmark.options.streams[0])
@@ -278,7 +278,7 @@ async def main_loop(options: argparse.Namespace) -> int:
             title = f"Lag of live captions, {benchmark.model}"
             Path(options.plot).write_text(svg(title, points, found.get("max_lag_ms")))
         screen.write(json.dumps(about | found | {"runs": benchmark.runs}) + "\n")
-    return 0 if options.find_limit or all(whole(run) for run in benchmark.runs) else 1
+    return 0 if options.find_limit or all(unbroken(run) for run in benchmark.runs) else 1
 
 
 def main(argv: list[str] | None = None) -> int:

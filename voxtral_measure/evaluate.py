@@ -15,7 +15,7 @@ from pathlib import Path
 from voxtral_client import UserError
 from voxtral_client.cli import Interrupts, Parser, add_server_options, run, server_from
 from voxtral_client.media import AudioFile
-from voxtral_client.pool import Pool, Stopped, whole
+from voxtral_client.pool import Pool, Stopped, uncut
 from voxtral_client.screen import Screen
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import Transcriber
@@ -89,7 +89,7 @@ async def evaluate(options: argparse.Namespace) -> int:
     sources = [AudioFile(item.audio) for item in corpus]
     name = options.normalize or "english"
     normalize, server = word_errors.normalizer(name), server_from(options)
-    heard, scored, failed = [""] * len(corpus), set(), set()
+    hypotheses, scored, failed = [""] * len(corpus), set(), set()
     if options.json:
         Path(options.json).touch()  # says at once if it cannot be written
     with Screen() as screen:
@@ -107,7 +107,7 @@ async def evaluate(options: argparse.Namespace) -> int:
         await make(False).open()  # says at once what is wrong
         interrupts = Interrupts(screen.say)
         pool = Pool(make, options.parallel or 8, interrupts.stop, say=screen.say)
-        pieces = (piece for number, source in enumerate(sources) for piece in whole(number, source))
+        pieces = (piece for number, source in enumerate(sources) for piece in uncut(number, source))
         started = time.monotonic()
 
         async def redraw() -> None:
@@ -120,7 +120,7 @@ async def evaluate(options: argparse.Namespace) -> int:
             async with aclosing(pool.run(pieces)) as items:
                 async for piece, item in items:
                     if isinstance(item, Word):
-                        heard[piece.file] += item.text
+                        hypotheses[piece.file] += item.text
                         continue
                     if item is None:
                         scored.add(piece.file)
@@ -133,7 +133,7 @@ async def evaluate(options: argparse.Namespace) -> int:
         files = []
         for number, item in enumerate(corpus):
             if number in scored:
-                reference, hypothesis = normalize(item.text), normalize(heard[number])
+                reference, hypothesis = normalize(item.text), normalize(hypotheses[number])
                 entry = {"name": item.name, "group": item.group} | word_errors.count(reference, hypothesis)
                 files.append(entry | {"reference": reference, "hypothesis": hypothesis})
         screen.say(f"{pool.heard:.0f} s of audio in {took:.0f} s: {pool.heard / took:.1f} x real time")

@@ -50,14 +50,14 @@ def summary(results: list[dict], streams: int, begin: float, end: float, paced: 
     }
 
 
-def whole(run: dict) -> bool:
+def unbroken(run: dict) -> bool:
     """Return whether all streams of a run lasted to its end."""
     return not run["busy"] and not run["broken"]
 
 
 def holds(run: dict, max_lag: float) -> bool:
-    """Return whether the server kept up: whole, and the last quarter's p95 at most `max_lag` ms."""
-    return whole(run) and run["last_quarter_ms"] is not None and run["last_quarter_ms"]["p95"] <= max_lag
+    """Return whether the server kept up: no stream broke, and the last quarter's p95 at most `max_lag` ms."""
+    return unbroken(run) and run["last_quarter_ms"] is not None and run["last_quarter_ms"]["p95"] <= max_lag
 
 
 async def find_limit(measure: Callable[[int], Awaitable[bool]], start: int = 1, most: int = 4096) -> int:

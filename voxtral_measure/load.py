@@ -24,7 +24,7 @@ from voxtral_client.audio import AudioError
 from voxtral_client.cli import server_from
 from voxtral_client.media import AudioFile
 from voxtral_client.protocol import FRAME, RATE
-from voxtral_client.session import Done, Lost, Refused, Server, Session
+from voxtral_client.session import Done, Refused, Server, Session, SessionLost
 
 CHUNK = FRAME / RATE  # seconds of audio in a message: a frame, so that each delta waits for a message of its own
 AUDIO_SECONDS = 300  # of the files given: enough variety, and it stays in memory
@@ -65,7 +65,7 @@ class Stream:
                 finally:
                     sending.cancel()
                     await asyncio.gather(sending, return_exceptions=True)
-        except Lost as error:
+        except SessionLost as error:
             self.outcome = "busy" if error.busy else str(error)
         except Refused as error:
             self.outcome = str(error)
@@ -110,7 +110,7 @@ class Stream:
             if item is not None:
                 self.arrived.append(clock())
             elif clock() - max([self.start, *self.arrived[-1:]]) > self.give_up_after:
-                raise Lost(f"no answer for {self.give_up_after:.0f} s")
+                raise SessionLost(f"no answer for {self.give_up_after:.0f} s")
             if ended is not None and self.paced and clock() - ended > PATIENCE:
                 return
 
@@ -135,7 +135,7 @@ class Stream:
 
 
 async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
-    """Return the model's delay in tokens of 80 ms, from a session with a second of silence. Raises Refused or Lost."""
+    """Return the model's delay in tokens of 80 ms, from a session of a second of silence. Raises as a session."""
     try:
         async with asyncio.timeout(give_up_after), server.session(model) as session:
             await session.send(bytes(2 * RATE))
@@ -143,7 +143,7 @@ async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
             while not isinstance(item := await session.receive(), Done):
                 pass
     except TimeoutError:
-        raise Lost(f"no answer for {give_up_after:.0f} s") from None
+        raise SessionLost(f"no answer for {give_up_after:.0f} s") from None
     return item.prompt_tokens - PROMPT_TOKENS
 
 

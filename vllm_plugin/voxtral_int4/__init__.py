@@ -23,7 +23,7 @@ def installed(name: str) -> str:
 
 
 def version_problem() -> str | None:
-    """One line saying what is wrong and what mends it, or None."""
+    """One line saying what is wrong and what fixes it, or None."""
     found = {name: installed(name) for name in TESTED}
     if found == TESTED:
         return None
