@@ -383,7 +383,8 @@ def test_long_talk_rolls_over(server):
       const samples = new Int16Array(Uint8Array.from(atob(audio), c => c.charCodeAt(0)).buffer);
       const words = [], faults = [];
       const keep = { state: (name, message) => message && faults.push(message), tail: () => {}, lost: () => {} };
-      const transcriber = new Transcriber(new URL("../v1/realtime", base), "", { ...keep, words: (more) => words.push(...more) });
+      const endpoint = new URL("../v1/realtime", base);
+      const transcriber = new Transcriber(endpoint, "", { ...keep, words: (more) => words.push(...more) });
       for (let at = 0; at < samples.length; at += 1280) transcriber.hear(samples.slice(at, at + 1280));
       transcriber.end();
       await transcriber.run();
