@@ -360,7 +360,7 @@ def test_fit_follows_the_command_line(launch, tmp_path):
     result = launch("--max_num_batched_tokens=8192", smi="0, GPU-1, 11900, 12288", **settings)
     refused(result, "19.2 for one session", "set --max_num_batched_tokens 128")
     # What it knows nothing of it leaves to vLLM.
-    assert launch("-q", "fp8", smi="0, GPU-1, 8000, 8192", **settings).stderr == ""
+    assert launch("-q", "torchao", smi="0, GPU-1, 8000, 8192", **settings).stderr == ""
     assert launch(smi="0, GPU-1, [N/A], [N/A]", **settings).stderr == ""
 
 
