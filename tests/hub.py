@@ -10,6 +10,7 @@ import hashlib
 import socket
 import struct
 import threading
+import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 REPOSITORY = "someone/voxtral"
@@ -143,6 +144,7 @@ class Hub:
         cut = self.cuts.pop(0)
         request.wfile.write(body[:cut])
         self.sent += cut
+        time.sleep(2 if cut else 0)  # a reset throws away what the client has not read yet
         # The next thing the client sees is a reset, as when a router forgets the connection.
         request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
         request.connection.close()
