@@ -12,6 +12,7 @@ import pytest
 import soundfile
 from conftest import ROOT
 
+pytestmark = pytest.mark.slow
 EMBEDDED = ROOT / "tests" / "tiny_checkpoint"
 # One thread each, so that two runs at once take no longer than one; and the same sums on every machine.
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1"}

@@ -134,6 +134,7 @@ def test_starts_in_steady_noise(noise):
         assert abs(word.end - end / RATE) <= 0.2
 
 
+@pytest.mark.slow
 def test_memory_stays_bounded_over_two_hours():
     """Two hours of talk leave no more in the books than a minute of it does."""
     samples, words = audio_of([(20, 40)] * 50)  # one minute
