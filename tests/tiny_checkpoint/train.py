@@ -220,7 +220,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-        if len(losses) == 20:
+        if len(losses) == 10:
             mean = torch.stack(losses).mean().item()
             if not math.isfinite(mean):
                 raise SystemExit("the loss is not finite")
