@@ -127,7 +127,7 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
 
 
 def loss_of(model: Model, batch: Batch, known: Tensor, pad_weight: float, offset: Tensor) -> Tensor:
-    """Cross entropy of every frame's token. The tokens fed back are at times wrong, as they will be in use."""
+    """Cross entropy of every frame's token. Some of the tokens fed back are wrong, as in use."""
     targets = batch.targets
     fed = F.pad(targets, (PROMPT, -1), value=PAD)
     fed[:, 0] = BOS
