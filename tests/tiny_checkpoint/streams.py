@@ -1,4 +1,4 @@
-"""Training streams, composed and disturbed on the GPU: audio, the token of each frame, and its weight.
+"""Compose and augment training streams on the GPU: audio, the token of each frame, and its weight.
 
 A stream is a row of clips with gaps between them, by one voice or by many. Clips are resampled (speed and pitch
 together); the stream is filtered, reverberated, mixed with noise, and scaled, down to a whisper or up to clipping.
@@ -24,7 +24,7 @@ WARPS = torch.linspace(0.86, 1.16, 21).tolist()
 
 
 def noises(rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """Sounds that are no speech: bursts, tones, chords, chirps, clicks, knocks and buzzes."""
+    """Sounds that are not speech: bursts, tones, chords, chirps, clicks, knocks and buzzes."""
     out = []
     for i in range(count):
         n = int(rng.uniform(0.1, 2.0) * RATE)
@@ -79,7 +79,7 @@ class Batch:
 
 class Streams:
     def __init__(self, folder: Path, device: str, held_out: bool = False, seed: int = 0) -> None:
-        """All clips of a folder in the device's memory; either those held out or the others."""
+        """Load the held-out clips of a folder, or all others, into the device's memory."""
         audio, length, words, ends, voices = [], [], [], [], []
         for path in sorted(Path(folder).glob("*.npz")):
             data = dict(np.load(path))
@@ -152,7 +152,7 @@ class Streams:
         return torch.randn(*shape, generator=self.random, device=self.device)
 
     def draw(self, streams: int, slots: int, mixed: Tensor) -> Tensor:
-        """Which clip is said in each slot: a stream keeps its voice, but for `mixed` ones and an odd intruder."""
+        """Which clip is said in each slot: a stream keeps its voice, except `mixed` streams and a few random clips."""
         voice = torch.multinomial(self.voice_share, streams * slots, True, generator=self.random).view(streams, slots)
         own = voice[:, :1].expand(-1, slots)
         voice = torch.where(mixed[:, None] | (self.uniform(streams, slots) < 0.15), voice, own)
@@ -325,7 +325,7 @@ class Streams:
 
     @torch.no_grad()
     def batch(self, streams: int, frames: int, plain: bool = False) -> Batch:
-        """`plain`: without any disturbance, and with the words and their end times, to measure on."""
+        """`plain`: for measuring, without augmentation, with the words and their end times."""
         audio, present, words, start, end = self.compose(streams, frames, plain)
         target, weight, place = self.targets(words, start, end, frames)
         if plain:

@@ -127,7 +127,7 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
 
 
 def loss_of(model: Model, batch: Batch, known: Tensor, pad_weight: float, offset: Tensor) -> Tensor:
-    """Cross entropy of every frame's token. The tokens fed back are at times wrong, as they will be in use."""
+    """Cross entropy of every frame's token. Some of the tokens fed back are wrong, as in use."""
     targets = batch.targets
     fed = F.pad(targets, (PROMPT, -1), value=PAD)
     fed[:, 0] = BOS
@@ -191,10 +191,9 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = False
     streams = Streams(options.clips, options.device, seed=1)
     print(f"{len(streams.length)} clips, {streams.samples.numel() / 16000:.0f} s, {len(streams.voice_names)} voices")
-    tests = Streams(options.clips, options.device, held_out=True, seed=2).batch(
-        options.streams, options.frames, plain=True
-    )
-    seen = streams.batch(options.streams, options.frames, plain=True)
+    size = options.streams, options.frames
+    tests = Streams(options.clips, options.device, held_out=True, seed=2).batch(*size, plain=True)
+    seen = streams.batch(*size, plain=True)
     model = Model(PARAMS).to(options.device)
     initialize(model)
     if options.init:
@@ -208,7 +207,7 @@ def main() -> None:
         factor = min(1, (step + 1) / 100) * (min(1, (1 - done) / 0.55) * 0.99 + 0.01)
         for optimizer, rate in zip(chosen, rates, strict=True):
             optimizer.param_groups[0]["lr"] = rate * factor
-        batch = streams.batch(options.streams, options.frames)
+        batch = streams.batch(*size)
         late = done > 0.65 or options.init is not None
         model.quantize(late and step % 2 == 0)  # every other step on the weights that NF4 leaves
         # Every other time as if later in a session: rotary angles are exact only near zero.
@@ -221,7 +220,7 @@ def main() -> None:
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.detach())
-        if len(losses) == 20:
+        if len(losses) == 10:
             mean = torch.stack(losses).mean().item()
             if not math.isfinite(mean):
                 raise SystemExit("the loss is not finite")
