@@ -145,10 +145,10 @@ class TextWriter(Writer):
         self._put("\n" if self._any else "")
 
 
-class SubRipWriter(Writer):
-    """SRT. It has no escapes: what players take for markup is replaced by look-alikes."""
+class CueWriter(Writer):
+    """Base of the formats that are made of cues."""
 
-    HEAD, MARK = "", ","
+    HEAD = ""
 
     def __init__(self, file: BinaryIO, standard: bool = False):
         super().__init__(file, standard)
@@ -166,6 +166,16 @@ class SubRipWriter(Writer):
         self._put(self._cue(self._cues.open) if self._cues.open else "")
 
     def _cue(self, cue: list[Word], gone: float = float("inf")) -> str:
+        """Return the cue numbered `self._number`, which must be over before `gone` (seconds)."""
+        raise NotImplementedError
+
+
+class SubRipWriter(CueWriter):
+    """SRT. It has no escapes: what players take for markup is replaced by look-alikes."""
+
+    MARK = ","
+
+    def _cue(self, cue: list[Word], gone: float = float("inf")) -> str:
         start, end = span(cue, gone)
         lines = "\n".join(self._escape(line) for line in wrap(text_of(cue)))
         return f"{self._number}\n{timestamp(start, self.MARK)} --> {timestamp(end, self.MARK)}\n{lines}\n\n"
@@ -181,6 +191,16 @@ class WebVTTWriter(SubRipWriter):
 
     def _escape(self, line: str) -> str:
         return line.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
+
+
+class TsvWriter(CueWriter):
+    """Tab-separated values as Whisper writes them: start and end in milliseconds, text; a cue a line."""
+
+    HEAD = "start\tend\ttext\n"
+
+    def _cue(self, cue: list[Word], gone: float = float("inf")) -> str:
+        start, end = (round(1000 * seconds) for seconds in span(cue, gone))
+        return f"{start}\t{end}\t{' '.join(text_of(cue).split())}\n"
 
 
 class JsonWriter(Writer):
@@ -216,26 +236,6 @@ class JsonLinesWriter(Writer):
 
     def _line(self, entry: dict) -> None:
         self._put(json.dumps(entry, ensure_ascii=False) + "\n")
-
-
-class TsvWriter(Writer):
-    """Tab-separated values as Whisper writes them: start and end in milliseconds, text; a cue a line."""
-
-    def __init__(self, file: BinaryIO, standard: bool = False):
-        super().__init__(file, standard)
-        self._cues = Cues()
-        self._put("start\tend\ttext\n")
-
-    def write(self, word: Word) -> None:
-        ended = self._cues.add(word)
-        self._put(self._line(*ended) if ended else "", self._line(self._cues.open))
-
-    def _finish(self, summary: dict) -> None:
-        self._put(self._line(self._cues.open) if self._cues.open else "")
-
-    def _line(self, cue: list[Word], gone: float = float("inf")) -> str:
-        start, end = (round(1000 * seconds) for seconds in span(cue, gone))
-        return f"{start}\t{end}\t{' '.join(text_of(cue).split())}\n"
 
 
 FORMATS: dict[str, type[Writer]] = {
