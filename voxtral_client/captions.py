@@ -66,7 +66,8 @@ class Captions:
 
     def __init__(self, options: argparse.Namespace, screen: Screen):
         self.options, self.screen, self.files = options, screen, []
-        self.complete = False  # it ended by Ctrl+C or --max-duration, and the last words came
+        self.complete = False  # it ended by Ctrl+C or --max-duration, the last words came, and no audio was lost
+        self.missing = False  # audio was lost
         self.plain = not options.format or bool(options.output)  # stdout gets plain text
         server = server_from(options)
         self.microphone = Microphone(options.device, options.channels, screen.say)
@@ -80,7 +81,7 @@ class Captions:
         if state == "LOST":
             if not self.losing:
                 self.screen.say("the server has been away for too long: from now on the oldest audio is lost")
-            self.losing = True
+            self.losing = self.missing = True
             return
         if message and (state == "CONNECTING" or self.state != "WAITING"):
             self.screen.say(message)
@@ -171,7 +172,7 @@ class Captions:
             async with aclosing(self.transcriber.words(self.audio(interrupts.stop))) as words:
                 async for word in words:
                     self.write(word)
-            self.complete = True
+            self.complete = not (self.missing or self.microphone.dropped)
         finally:
             drawing.cancel()
             for word in timeline.tail:  # no session will replace it any more
