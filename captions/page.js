@@ -9,10 +9,10 @@ const $ = (id) => document.getElementById(id);
 const SERVER = new URL("../v1/realtime", location.href); // this page lies at /captions/, behind a proxy perhaps deeper
 const PARAGRAPH_SECONDS = 2; // a pause that begins a new line
 
-const words = []; // all that is settled: {text, start, end, session, fresh}
+const words = []; // all final words: {text, start, end, session, fresh}
 let key = sessionStorage.getItem("key") ?? "";
 let running = null; // {transcriber, microphone, stopping}
-let before = 0; // seconds heard in earlier runs
+let before = 0; // seconds of audio in earlier runs
 let unsaved = false;
 
 // --- what there is to see ---
@@ -27,7 +27,7 @@ function state(name, text = name) {
   $("state").textContent = text;
 }
 
-function settle(added) {
+function addFinal(added) {
   const following = atEnd();
   for (const word of added) {
     const last = words.at(-1);
@@ -35,10 +35,10 @@ function settle(added) {
     word.end += before;
     word.fresh = !last || running.fresh || word.start - last.end > PARAGRAPH_SECONDS;
     running.fresh = false;
-    if (word.fresh) $("settled").append(document.createElement("p"));
+    if (word.fresh) $("final").append(document.createElement("p"));
     words.push(word);
-    // One text node for all that settles at once: a screen reader reads it as one.
-    const line = $("settled").lastChild;
+    // One text node for all words that become final at once: a screen reader reads it as one.
+    const line = $("final").lastChild;
     if (word.fresh || word === added[0]) line.append(document.createTextNode(""));
     line.lastChild.data += word.fresh ? word.text.trimStart() : word.text;
   }
@@ -48,10 +48,10 @@ function settle(added) {
   if (following) toEnd();
 }
 
-function showTail(tail) {
+function showPartial(partial) {
   const following = atEnd();
-  const text = tail.map((word) => word.text).join("");
-  if ($("tail").textContent !== text) $("tail").textContent = text;
+  const text = partial.map((word) => word.text).join("");
+  if ($("partial").textContent !== text) $("partial").textContent = text;
   if (text) $("hint").hidden = true;
   if (following) toEnd();
 }
@@ -70,7 +70,7 @@ function showLevel(level) {
 }
 
 function showTimes() {
-  const seconds = Math.floor(before + (running ? running.transcriber.timeline.heard / RATE : 0));
+  const seconds = Math.floor(before + (running ? running.transcriber.timeline.received / RATE : 0));
   const two = (number) => String(number).padStart(2, "0");
   $("clock").textContent = `${Math.floor(seconds / 3600)}:${two(Math.floor(seconds / 60) % 60)}:${two(seconds % 60)}`;
   $("lag").textContent = `${(running ? running.transcriber.lag : 0).toFixed(1)} s`;
@@ -136,7 +136,7 @@ async function start() {
   const microphone = new Microphone({
     audio(samples, level) {
       showLevel(level);
-      run.transcriber.hear(samples);
+      run.transcriber.addAudio(samples);
     },
     gone() {
       showLevel(-60);
@@ -150,8 +150,8 @@ async function start() {
       if (name === "waiting") say(message[0].toUpperCase() + message.slice(1) + ".", "wait");
       else if (name === "listening" && $("message").className === "wait") say("");
     },
-    words: settle,
-    tail: showTail,
+    words: addFinal,
+    partial: showPartial,
     lost(from, to) {
       if (!(from <= run.lostTo)) run.lostFrom = from; // not the outage before, going on
       run.lostTo = to;
@@ -169,8 +169,8 @@ async function start() {
     state("ready");
     if ($("message").className === "wait") say("");
   } catch (error) {
-    settle(transcriber.timeline.tail.splice(0));
-    showTail([]);
+    addFinal(transcriber.timeline.partial.splice(0));
+    showPartial([]);
     if (error instanceof Refused) refuse(error);
     else {
       state("refused", "fault");
@@ -179,7 +179,7 @@ async function start() {
   }
   microphone.close();
   showLevel(-60);
-  before += transcriber.timeline.heard / RATE;
+  before += transcriber.timeline.received / RATE;
   running = null;
   enable();
   stayAwake();
@@ -275,7 +275,7 @@ $("clear").onclick = () => {
   if (unsaved && !confirm("Neither copied nor downloaded: clear the captions all the same?")) return;
   words.length = before = 0;
   unsaved = false;
-  $("settled").replaceChildren();
+  $("final").replaceChildren();
   enable();
 };
 

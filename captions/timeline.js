@@ -1,4 +1,4 @@
-// The books of one transcription: what was heard, understood and settled. No DOM, no clock, no network.
+// State of one transcription: audio received, transcribed and committed; partial and final words. No DOM, no clock, no network.
 // voxtral_client/timeline.py, whose docstrings explain it, in JavaScript; a test holds the two against each other.
 //
 // Positions are in samples at 16 kHz from the very first one, across all sessions. A word is
@@ -7,10 +7,10 @@
 export const RATE = 16000;
 export const FRAME = 1280; // samples behind one delta: 80 ms
 const HOP = 320; // samples of one level reading: 20 ms
-const SETTLE = 4 * FRAME; // the model speaks of a word up to 0.2 s after its end
+const MARGIN = 4 * FRAME; // the model speaks of a word up to 0.2 s after its end
 const PAUSE = 3 * FRAME; // silence required on both sides of a commit point
-const MAX_TAIL = 30 * RATE; // so much unsettled audio without a pause is settled between two words
-export const UNANSWERED_SECONDS = 1.5; // sound without a word that may be a cough
+const MAX_TAIL = 30 * RATE; // so much audio not yet committed without a pause is committed between two words
+export const WORDLESS_SECONDS = 1.5; // sound without a word that may be a cough
 const NEAR = RATE / 2; // so far beside a pause, or before a word's end, what is loud is the voice
 const MAX_WORD = 2 * RATE; // longest word considered when its start is looked for
 const FLOOR_DB = -65; // below this everything is silence
@@ -19,13 +19,13 @@ const UNSPACED =
   /[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]/u;
 
 export class Timeline {
-  settled = 0; // text before this sample is final
+  committed = 0; // text before this sample is final
   session = 0; // number of the current session
-  tail = []; // words after `settled`: a new session would replace them
-  heard = 0; // end of the audio so far
-  #final = []; // settled words not yet taken
-  #lastEnd = 0; // end of the last settled word
-  #spoken = ""; // the last character of the settled text
+  partial = []; // words after `committed`: a new session would replace them
+  received = 0; // end of the audio so far
+  #final = []; // final words not yet taken
+  #lastEnd = 0; // end of the last final word
+  #spoken = ""; // the last character of the final text
   #blocks = []; // audio kept: {start, samples}
   #levels = [];
   #levelsStart = 0; // position of the first level reading
@@ -35,19 +35,19 @@ export class Timeline {
   #origin = 0;
   #frames = 0;
   #lastText = 0; // position of the last delta with text
-  #rut = null; // [start, end] of a blank stretch that a second session must confirm
+  #blanks = null; // [start, end] of a blank stretch that a second session must confirm
 
-  get understood() { return this.#origin + this.#frames * FRAME; }
+  get transcribed() { return this.#origin + this.#frames * FRAME; }
   get sessionLength() { return this.#frames * FRAME; }
 
   // --- audio ---
 
   /** Append an Int16Array. */
-  hear(samples) {
-    this.#blocks.push({ start: this.heard, samples });
-    this.heard += samples.length;
+  addAudio(samples) {
+    this.#blocks.push({ start: this.received, samples });
+    this.received += samples.length;
     let from = this.#levelsStart + this.#levels.length * HOP;
-    const audio = this.audio(from, this.heard - from);
+    const audio = this.audio(from, this.received - from);
     for (let i = 0; i + HOP <= audio.length; i += HOP) {
       let power = 0;
       for (let k = i; k < i + HOP; k++) power += (audio[k] / 32768) ** 2;
@@ -57,7 +57,7 @@ export class Timeline {
 
   /** Return up to `count` kept samples from `start` on. */
   audio(start, count) {
-    const end = Math.min(start + count, this.heard);
+    const end = Math.min(start + count, this.received);
     const out = new Int16Array(Math.max(0, end - start));
     for (let i = this.#blocks.length - 1; i >= 0; i--) { // what is asked for lies near the end
       const { start: at, samples } = this.#blocks[i];
@@ -69,99 +69,99 @@ export class Timeline {
     return out;
   }
 
-  /** Keep at most `keep` samples of unsettled audio; return the span [start, end) lost for good, or null. */
+  /** Keep at most `keep` samples of audio not yet committed; return the span [start, end) lost for good, or null. */
   dropOldest(keep) {
-    const start = this.heard - keep;
-    if (start <= this.settled) return null;
-    const lost = Math.max(this.settled, Math.min(this.understood, start));
-    this.#settle(start, this.tail.filter((word) => word.end * RATE <= start).length);
+    const start = this.received - keep;
+    if (start <= this.committed) return null;
+    const lost = Math.max(this.committed, Math.min(this.transcribed, start));
+    this.#commit(start, this.partial.filter((word) => word.end * RATE <= start).length);
     return start > lost ? [lost, start] : null;
   }
 
   // --- sessions ---
 
-  /** Start a new session: forget the tail, return the position from which to send audio. */
+  /** Start a new session: forget the partial words, return the position from which to send audio. */
   begin() {
     this.session++;
-    this.tail = [];
-    this.#origin = this.#lastText = this.settled;
+    this.partial = [];
+    this.#origin = this.#lastText = this.committed;
     this.#frames = 0;
     return this.#origin;
   }
 
   /** Book the next delta. */
-  understand(text) {
+  addDelta(text) {
     this.#frames++;
-    const now = this.understood;
+    const now = this.transcribed;
     if (text) {
       this.#add(text, now - this.#lastText > FRAME);
       this.#lastText = now;
     }
-    const point = Math.min(now - SETTLE, this.heard);
-    if (point > this.settled && this.#lastText <= point) {
-      const rut = this.#rut;
-      if (this.#quiet(point - PAUSE, point + PAUSE) && this.unanswered() <= UNANSWERED_SECONDS) {
-        this.#settle(point, this.tail.length);
-      } else if (rut && now >= rut[1] + SETTLE && this.#lastText <= rut[0] + RATE) {
-        this.#settle(point, this.tail.length); // two sessions agree that there are no words
+    const point = Math.min(now - MARGIN, this.received);
+    if (point > this.committed && this.#lastText <= point) {
+      const blanks = this.#blanks;
+      if (this.#quiet(point - PAUSE, point + PAUSE) && this.wordlessSound() <= WORDLESS_SECONDS) {
+        this.#commit(point, this.partial.length);
+      } else if (blanks && now >= blanks[1] + MARGIN && this.#lastText <= blanks[0] + RATE) {
+        this.#commit(point, this.partial.length); // two sessions agree that there are no words
       }
     }
-    if (this.tail.length && now - this.settled > MAX_TAIL) this.settleBetweenWords();
+    if (this.partial.length && now - this.committed > MAX_TAIL) this.commitBetweenWords();
   }
 
-  /** Settle where it is quietest behind a word of the tail, for want of a pause. */
-  settleBetweenWords() {
-    const now = this.understood;
-    const ends = this.tail.map((word) => Math.round(word.end * RATE));
-    const half = Math.floor((this.settled + now) / 2);
+  /** Commit where it is quietest after a partial word, where there is no pause. */
+  commitBetweenWords() {
+    const now = this.transcribed;
+    const ends = this.partial.map((word) => Math.round(word.end * RATE));
+    const half = Math.floor((this.committed + now) / 2);
     const late = ends.some((end) => end > half) ? ends.filter((end) => end > half) : ends;
     let best = null;
     for (const end of late) {
-      if (end <= this.settled || end >= now - SETTLE) continue;
-      const [level, point] = this.#quietest(Math.max(end - 4 * HOP, this.settled + HOP), end + 8 * HOP);
+      if (end <= this.committed || end >= now - MARGIN) continue;
+      const [level, point] = this.#quietest(Math.max(end - 4 * HOP, this.committed + HOP), end + 8 * HOP);
       if (!best || level <= best[0]) best = [level, point, ends.indexOf(end) + 1];
     }
-    if (!best && now - SETTLE > this.settled + FRAME) {
-      const [level, point] = this.#quietest(Math.max(now - 2 * RATE, this.settled + FRAME), now - SETTLE);
+    if (!best && now - MARGIN > this.committed + FRAME) {
+      const [level, point] = this.#quietest(Math.max(now - 2 * RATE, this.committed + FRAME), now - MARGIN);
       best = [level, point, ends.filter((end) => end <= point).length];
     }
-    if (best) this.#settle(best[1], best[2]);
+    if (best) this.#commit(best[1], best[2]);
   }
 
-  /** Settle everything: the input has ended and the server has spoken of all of it. */
-  finish() { this.#settle(this.heard, this.tail.length); }
+  /** Commit everything: the input has ended and the server has spoken of all of it. */
+  finish() { this.#commit(this.received, this.partial.length); }
 
-  /** Return the words settled since the last call. */
+  /** Return the words committed since the last call. */
   take() { return this.#final.splice(0); }
 
   // --- the model stuck in blanks (vllm#47614) ---
 
-  /** Seconds of sound above the noise, understood without a word since the last word. */
-  unanswered() {
-    const noise = this.#noise([[0, this.heard]]);
-    return (this.#readings(this.#answered, this.understood).filter((db) => db > noise).length * HOP) / RATE;
+  /** Seconds of sound above the noise, transcribed without a word since the last word. */
+  wordlessSound() {
+    const noise = this.#noise([[0, this.received]]);
+    return (this.#readings(this.#answered, this.transcribed).filter((db) => db > noise).length * HOP) / RATE;
   }
 
   /** Seconds of audio, silent or not, since the last word. */
-  wordless() { return (this.understood - this.#answered) / RATE; }
+  wordless() { return (this.transcribed - this.#answered) / RATE; }
 
   /** Note that everything since the last word is to be confirmed by a new session. */
-  suspectRut() { this.#rut = [this.#lastText, this.understood]; }
+  suspectBlanks() { this.#blanks = [this.#lastText, this.transcribed]; }
 
-  get #answered() { return Math.max(this.#lastText, this.settled, this.#rut ? this.#rut[1] : 0); }
+  get #answered() { return Math.max(this.#lastText, this.committed, this.#blanks ? this.#blanks[1] : 0); }
 
   // --- private ---
 
-  /** Make `point` the settled point and the first `count` words of the tail final. */
-  #settle(point, count) {
+  /** Make `point` the commit point and the first `count` partial words final. */
+  #commit(point, count) {
     if (count) {
-      const words = this.tail.splice(0, count);
+      const words = this.partial.splice(0, count);
       this.#final.push(...words);
       this.#spoken = [...words.at(-1).text].at(-1);
       this.#lastEnd = Math.round(words.at(-1).end * RATE);
     }
-    this.settled = point;
-    if (this.#rut && point >= this.#rut[1]) this.#rut = null;
+    this.committed = point;
+    if (this.#blanks && point >= this.#blanks[1]) this.#blanks = null;
     const first = this.#blocks.findIndex(({ start, samples }) => start + samples.length > point);
     this.#blocks.splice(0, first < 0 ? this.#blocks.length : first);
     const excess = Math.floor((point - 30 * RATE - this.#levelsStart) / HOP);
@@ -171,17 +171,17 @@ export class Timeline {
     }
   }
 
-  /** Append text of the frame just understood to the tail, as words. */
+  /** Append text of the frame just transcribed to the partial words. */
   #add(text, blankBefore) {
     if (this.#lastText === this.#origin && this.#spoken && apart(this.#spoken, [...text][0])) {
       text = ` ${text}`; // the first word of a later session may come without its space
     }
     split(text).forEach((piece, i) => {
-      const last = this.tail.at(-1);
+      const last = this.partial.at(-1);
       const fresh = !last || /^\s/u.test(piece) || /\s$/u.test(last.text);
       if (fresh || i || (blankBefore && /^[\p{L}\p{N}]/u.test(piece))) {
-        const [start, end] = this.#locate(this.understood - FRAME);
-        this.tail.push({ text: piece, start: start / RATE, end: end / RATE, session: this.session });
+        const [start, end] = this.#locate(this.transcribed - FRAME);
+        this.partial.push({ text: piece, start: start / RATE, end: end / RATE, session: this.session });
       } else {
         last.text += piece;
       }
@@ -190,7 +190,7 @@ export class Timeline {
 
   /** Start and end of the word whose end the model marked in the frame up to `spoken`. */
   #locate(spoken) {
-    const last = this.tail.at(-1);
+    const last = this.partial.at(-1);
     const earliest = Math.max(last ? Math.round(last.end * RATE) : this.#lastEnd, this.#origin);
     const first = Math.ceil(Math.max(earliest, spoken - MAX_WORD, this.#levelsStart) / HOP) * HOP;
     const noise = this.#noise([[spoken - NEAR, spoken]], true);
@@ -234,15 +234,15 @@ export class Timeline {
 
   /** Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`. */
   #noise(voices, edge = false) {
-    if (this.heard - this.#noiseAt >= RATE / 2) {
-      this.#noiseAt = this.heard;
+    if (this.received - this.#noiseAt >= RATE / 2) {
+      this.#noiseAt = this.received;
       const recent = this.#levels.slice((-30 * RATE) / HOP);
       const floor = percentile(recent, 0.1);
       const rise = Math.min(8, 0.4 * (percentile(recent, 0.95) - floor));
       this.#floor = Math.max(FLOOR_DB, floor + rise);
       this.#edge = Math.max(FLOOR_DB, floor + Math.min(rise, 2 + 6 * (floor - percentile(recent, 0.02))));
     }
-    const spans = voices.map(([start, end]) => this.#readings(Math.max(start, this.heard - 30 * RATE), end));
+    const spans = voices.map(([start, end]) => this.#readings(Math.max(start, this.received - 30 * RATE), end));
     const loud = spans.filter((span) => span.length).map((span) => percentile(span, 0.95));
     return Math.max(edge ? this.#edge : this.#floor, Math.min(...(loud.length ? loud : [FLOOR_DB])) - 35);
   }

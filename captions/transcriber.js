@@ -1,16 +1,16 @@
 // One transcription over as many sessions of /v1/realtime as it takes: resume, rollover, watchdog. No DOM.
-// The state machine is that of voxtral_client/transcriber.py: every new session goes on from the settled
-// point of the timeline, sends the audio from there again and replaces the unsettled tail.
+// The state machine is that of voxtral_client/transcriber.py: every new session goes on from the committed
+// point of the timeline, sends the audio from there again and replaces the partial words.
 
-import { FRAME, RATE, Timeline, UNANSWERED_SECONDS } from "./timeline.js";
+import { FRAME, RATE, Timeline, WORDLESS_SECONDS } from "./timeline.js";
 
 const AHEAD = 5 * RATE; // audio in flight: enough to keep the server busy, little to send again
 const PIECE = RATE / 4; // audio in one message at most
 const ROLLOVER_SECONDS = 75; // on a stock server a frame costs more with every frame before it
 const FLAT_ROLLOVER_SECONDS = 300; // where it does not: eight sessions of that length fit beside each other on 12 GB
 const STALL_SECONDS = 20; // a loaded server answers within 1 s; a first request may compile for some more
-const RUT_SECONDS = 20; // speech without a word: nobody talks so long without one
-const RUT_MAX_SECONDS = 80; // music and noise are examined less and less often
+const BLANKS_SECONDS = 20; // speech without a word: nobody talks so long without one
+const BLANKS_MAX_SECONDS = 80; // music and noise are examined less and less often
 const KEEP_SECONDS = 300; // audio kept through an outage: 9.6 MB
 const MAX_DELAY = 3 * RATE; // a model with the longest delay waits for so much audio before it speaks
 const FLUSH = RATE / 4; // `done` is complete if it speaks of so much beyond the input
@@ -23,7 +23,7 @@ export class Refused extends Error {
 }
 
 /** A new session may go on where this one stopped. `busy`: once the server has a free one. */
-export class Lost extends Error {
+export class SessionLost extends Error {
   constructor(message, busy = false) { super(message); this.busy = busy; }
 }
 
@@ -34,7 +34,7 @@ const WRONG = "wrong path, or a page that is not let in (HTTP 403)";
 
 /**
  * Ask the server whose realtime endpoint is `url` (http or https) what it serves: {id, max_model_len, voxtral_speed},
- * the last one true where a frame costs the same however long the session is. Throws Refused or Lost.
+ * the last one true where a frame costs the same however long the session is. Throws Refused or SessionLost.
  */
 export async function model(url, key) {
   let reply;
@@ -42,10 +42,10 @@ export async function model(url, key) {
     const headers = key ? { Authorization: `Bearer ${key}` } : {};
     reply = await fetch(new URL("models", url), { headers, signal: AbortSignal.timeout(ANSWER_MS) });
   } catch {
-    throw new Lost("no server answers");
+    throw new SessionLost("no server answers");
   }
-  if (reply.status === 401) throw new Refused(key ? "wrong API key (HTTP 401)" : "the server wants a key (HTTP 401)", true);
-  if (reply.status >= 500) throw new Lost(`the server is not well (HTTP ${reply.status})`);
+  if (reply.status === 401) throw new Refused(`${key ? "wrong API key" : "the server wants a key"} (HTTP 401)`, true);
+  if (reply.status >= 500) throw new SessionLost(`the server is not well (HTTP ${reply.status})`);
   const answer = await reply.json().catch(() => ({}));
   if (reply.status === 403) throw new Refused(answer.error?.message ?? WRONG);
   const models = answer.data ?? [];
@@ -87,28 +87,28 @@ class Session {
     this.socket.onopen = () => { this.opened = true; };
     this.socket.onerror = () => {}; // onclose follows
     this.socket.onclose = ({ code, reason }) => {
-      this.#put(new Lost(this.asked && !this.opened ? SHUT : `connection lost (${`${code} ${reason}`.trim()})`));
+      this.#put(new SessionLost(this.asked && !this.opened ? SHUT : `connection lost (${`${code} ${reason}`.trim()})`));
     };
   }
 
   #put(item) { this.#queue.push(item); this.#alarms.ring(); }
 
-  /** The next message, or null after `milliseconds`. Throws Refused or Lost, also for an `error` message. */
+  /** The next message, or null after `milliseconds`. Throws Refused or SessionLost, also for an `error` message. */
   async receive(milliseconds) {
     if (!this.#queue.length) await this.#alarms.wait(milliseconds);
     const event = this.#queue.shift() ?? null;
     if (event instanceof Error) throw event;
     if (event?.type !== "error") return event;
-    if (event.error.includes("currently busy")) throw new Lost("all sessions of the server are taken", true);
-    if (["processing_error", undefined, null].includes(event.code)) throw new Lost(`server error: ${event.error}`);
+    if (event.error.includes("currently busy")) throw new SessionLost("all sessions of the server are taken", true);
+    if ((event.code ?? "processing_error") === "processing_error") throw new SessionLost(`server error: ${event.error}`);
     throw new Refused(`the server refused a message (${event.code}): ${event.error}`);
   }
 
   /** Choose the model and start the transcription. */
   async start(id) {
     const greeting = await this.receive(ANSWER_MS);
-    if (!greeting) throw new Lost(`no answer for ${ANSWER_MS / 1000} s`);
-    if (greeting.type !== "session.created") throw new Lost("the server did not greet");
+    if (!greeting) throw new SessionLost(`no answer for ${ANSWER_MS / 1000} s`);
+    if (greeting.type !== "session.created") throw new SessionLost("the server did not greet");
     this.send("session.update", { model: id });
     this.send("input_audio_buffer.commit");
   }
@@ -141,9 +141,9 @@ function base64(samples) {
 
 /**
  * Words with times of what a microphone hears, whatever happens to the sessions underneath.
- * `on.state(state, message)`: "connecting", "listening", "waiting". `on.words(words)`: settled, each once.
- * `on.tail(words)`: may still change. `on.lost(start, end)`: seconds of audio that are gone for good.
- * `giveUp`: after so many ms without progress `run` throws Lost. `way`: the second argument of WebSocket.
+ * `on.state(state, message)`: "connecting", "listening", "waiting". `on.words(words)`: committed, each once.
+ * `on.partial(words)`: may still change. `on.lost(start, end)`: seconds of audio that are gone for good.
+ * `giveUp`: after so many ms without progress `run` throws SessionLost. `way`: the second argument of WebSocket.
  */
 export class Transcriber {
   timeline = new Timeline();
@@ -154,7 +154,7 @@ export class Transcriber {
   #stopped = false;
   #session = null;
   #lastDelta = 0;
-  #patience = RUT_SECONDS;
+  #patience = BLANKS_SECONDS;
   #alarms = new Alarms();
 
   constructor(url, key, on, { giveUp = Infinity, way = subprotocols(key) } = {}) {
@@ -165,12 +165,12 @@ export class Transcriber {
     this.#way = way;
   }
 
-  /** Seconds of audio heard but not yet understood. */
-  get lag() { return Math.max(0, this.timeline.heard - this.timeline.understood) / RATE; }
+  /** Seconds of audio received but not yet transcribed. */
+  get lag() { return Math.max(0, this.timeline.received - this.timeline.transcribed) / RATE; }
 
   /** Take in an Int16Array. */
-  hear(samples) {
-    this.timeline.hear(samples);
+  addAudio(samples) {
+    this.timeline.addAudio(samples);
     const lost = this.timeline.dropOldest(KEEP_SECONDS * RATE);
     if (lost) this.#on.lost(lost[0] / RATE, lost[1] / RATE);
     this.#feed();
@@ -183,12 +183,12 @@ export class Transcriber {
   /** Do not wait for the last words. */
   stop() { this.#ended = this.#stopped = true; this.#session?.close(); this.#alarms.ring(); }
 
-  /** Run one session after the other until the input is understood. Throws Refused. */
+  /** Run one session after the other until the input is transcribed. Throws Refused. */
   async run() {
     let failures = 0, furthest = 0, since;
     this.#on.state("connecting", "");
-    while (!this.#stopped && !(this.#ended && this.timeline.heard <= this.timeline.settled)) {
-      if (this.timeline.heard <= this.timeline.settled) { // a session without audio would only hold its slot
+    while (!this.#stopped && !(this.#ended && this.timeline.received <= this.timeline.committed)) {
+      if (this.timeline.received <= this.timeline.committed) { // a session without audio would only hold its slot
         await this.#alarms.wait(100);
         continue;
       }
@@ -200,15 +200,15 @@ export class Transcriber {
         failures = 0;
         this.#on.state("connecting", "");
       } catch (error) {
-        if (!(error instanceof Lost)) throw error;
+        if (!(error instanceof SessionLost)) throw error;
         if (this.#stopped) break;
         this.#on.words(this.timeline.take());
-        const { heard, understood, sessionLength } = this.timeline;
-        const idle = !this.#ended && sessionLength > 0 && heard - understood < MAX_DELAY; // it had nothing left to do
-        if (understood > furthest || idle || error.busy) failures = 0; // what is understood once more is no progress
-        furthest = Math.max(furthest, understood);
+        const { received, transcribed, sessionLength } = this.timeline;
+        const idle = !this.#ended && sessionLength > 0 && received - transcribed < MAX_DELAY; // nothing left to do
+        if (transcribed > furthest || idle || error.busy) failures = 0; // what is transcribed once more is no progress
+        furthest = Math.max(furthest, transcribed);
         if (!failures) since = Date.now();
-        if (Date.now() - since > this.#giveUp) throw new Lost(`gave up: ${error.message}`);
+        if (Date.now() - since > this.#giveUp) throw new SessionLost(`gave up: ${error.message}`);
         this.#on.state("waiting", `${error.message}${error.busy ? ": waiting for a free one" : "; trying again"}`);
         failures += error.busy ? 0 : 1;
         const wait = error.busy ? 2 : Math.min(8, 0.25 * 2 ** failures);
@@ -216,11 +216,11 @@ export class Transcriber {
       }
     }
     this.#on.words(this.timeline.take());
-    if (this.#stopped) this.#on.words(this.timeline.tail.splice(0)); // nothing replaces it any more
-    this.#on.tail([]);
+    if (this.#stopped) this.#on.words(this.timeline.partial.splice(0)); // nothing replaces it any more
+    this.#on.partial([]);
   }
 
-  /** One session, until a new one should go on or all is understood. */
+  /** One session, until a new one should go on or all is transcribed. */
   async #run(asked) {
     this.sessions++;
     const session = new Session(this.#url, this.#way, this.#alarms);
@@ -235,7 +235,7 @@ export class Transcriber {
       while (!this.#stopped && (await this.#step(session))) {
         const words = this.timeline.take();
         if (words.length) this.#on.words(words);
-        this.#on.tail(this.timeline.tail);
+        this.#on.partial(this.timeline.partial);
       }
       this.#on.words(this.timeline.take());
     } finally {
@@ -247,13 +247,13 @@ export class Transcriber {
   /** Send what there is, never more than AHEAD before the deltas. */
   #feed() {
     const { timeline } = this;
-    if (!this.#session || this.#sent < timeline.settled) return; // that audio was dropped
-    while (this.#sent < Math.min(timeline.heard, timeline.understood + AHEAD)) {
-      const audio = timeline.audio(this.#sent, Math.min(PIECE, timeline.understood + AHEAD - this.#sent));
+    if (!this.#session || this.#sent < timeline.committed) return; // that audio was dropped
+    while (this.#sent < Math.min(timeline.received, timeline.transcribed + AHEAD)) {
+      const audio = timeline.audio(this.#sent, Math.min(PIECE, timeline.transcribed + AHEAD - this.#sent));
       this.#session.send("input_audio_buffer.append", { audio: base64(audio) });
       this.#sent += audio.length;
     }
-    if (this.#ended && this.#sent >= timeline.heard && !this.#session.finished) {
+    if (this.#ended && this.#sent >= timeline.received && !this.#session.finished) {
       this.#session.finished = true;
       this.#session.send("input_audio_buffer.commit", { final: true });
     }
@@ -262,50 +262,52 @@ export class Transcriber {
   /** Book the next delta; return false where a new session should go on. */
   async #step(session) {
     const { timeline } = this;
-    const settled = timeline.settled;
+    const committed = timeline.committed;
     const event = await session.receive(500);
-    if (timeline.understood < timeline.settled) return false; // the audio it is working on was dropped
+    if (timeline.transcribed < timeline.committed) return false; // the audio it is working on was dropped
     if (event === null) {
-      const starved = this.#sent - timeline.understood < MAX_DELAY && !this.#ended; // it has nothing to work on
+      const starved = this.#sent - timeline.transcribed < MAX_DELAY && !this.#ended; // it has nothing to work on
       if (starved) this.#lastDelta = Date.now();
-      if (Date.now() - this.#lastDelta > 1000 * STALL_SECONDS) throw new Lost(`no answer for ${STALL_SECONDS} s`);
+      const stalled = Date.now() - this.#lastDelta > 1000 * STALL_SECONDS;
+      if (stalled) throw new SessionLost(`no answer for ${STALL_SECONDS} s`);
       return true;
     }
     this.#lastDelta = Date.now();
     if (event.type === "transcription.done") {
-      if (timeline.sessionLength === 0) throw new Lost("the server ended the session without a word");
-      if (this.#ended && timeline.understood >= timeline.heard + FLUSH) timeline.finish();
+      if (timeline.sessionLength === 0) throw new SessionLost("the server ended the session without a word");
+      if (this.#ended && timeline.transcribed >= timeline.received + FLUSH) timeline.finish();
       else {
-        timeline.settleBetweenWords(); // the server's limit came first
-        if (timeline.settled === settled) throw new Lost("the server ended the session before a word could settle");
+        timeline.commitBetweenWords(); // the server's limit came first
+        const message = "the server ended the session before any word was final";
+        if (timeline.committed === committed) throw new SessionLost(message);
       }
       return false;
     }
     if (event.type !== "transcription.delta") return true;
-    timeline.understand(event.delta);
+    timeline.addDelta(event.delta);
     this.#feed();
-    return !this.#newSessionWanted(event.delta, settled);
+    return !this.#needsNewSession(event.delta, committed);
   }
 
-  /** Decide on rollover and on the rut of blanks, and settle what can be. */
-  #newSessionWanted(delta, settledBefore) {
+  /** Decide on rollover and on the run of blanks, and commit what can be. */
+  #needsNewSession(delta, committedBefore) {
     const { timeline } = this;
     const age = timeline.sessionLength / RATE;
     const tokens = this.#model.max_model_len;
     const limit = tokens ? (Math.max(tokens - PROMPT_TOKENS, tokens / 2) * FRAME) / RATE : 2400;
     const longest = this.#model.voxtral_speed === true ? FLAT_ROLLOVER_SECONDS : ROLLOVER_SECONDS;
     const rollover = Math.min(longest, limit / 2);
-    if (this.#ended && this.#sent >= timeline.heard && age <= limit) return false; // a few frames more, and all is done
-    if (age > rollover && timeline.settled > settledBefore) return true;
+    if (this.#ended && this.#sent >= timeline.received && age <= limit) return false; // only a few frames are left
+    if (age > rollover && timeline.committed > committedBefore) return true;
     if (age > Math.min(limit, 4 * rollover)) { // talk without a pause, or music under it
-      timeline.settleBetweenWords();
+      timeline.commitBetweenWords();
       return true;
     }
-    if (delta) this.#patience = RUT_SECONDS;
-    const unanswered = timeline.unanswered();
-    if (unanswered > this.#patience || (timeline.wordless() > 3 * this.#patience && unanswered > UNANSWERED_SECONDS)) {
-      this.#patience = Math.min(2 * this.#patience, RUT_MAX_SECONDS);
-      timeline.suspectRut();
+    if (delta) this.#patience = BLANKS_SECONDS;
+    const sound = timeline.wordlessSound();
+    if (sound > this.#patience || (timeline.wordless() > 3 * this.#patience && sound > WORDLESS_SECONDS)) {
+      this.#patience = Math.min(2 * this.#patience, BLANKS_MAX_SECONDS);
+      timeline.suspectBlanks();
       return true;
     }
     return false;

@@ -24,7 +24,7 @@ SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
 
 async def run(options: argparse.Namespace) -> None:
-    """Let the page hear the sample twice, and look at it in the middle of the second time."""
+    """Play the sample to the page twice, and look at it in the middle of the second time."""
     samples, rate = soundfile.read(SAMPLE)
     wav = Path(options.output).with_suffix(".wav")
     soundfile.write(wav, np.concatenate([samples, np.zeros(3 * rate), samples]), rate)
@@ -33,10 +33,10 @@ async def run(options: argparse.Namespace) -> None:
         async with browsing(wav, viewport=size, color_scheme=options.scheme) as page:
             await page.goto(options.url)
             await page.locator("#start:enabled").click()
-            settled, tail = page.locator("#settled p"), page.locator("#tail")
-            await expect(settled).to_have_count(2)
-            await expect(tail).to_be_empty()
-            while len((await tail.text_content()).split()) < 3:
+            final, partial = page.locator("#final p"), page.locator("#partial")
+            await expect(final).to_have_count(2)
+            await expect(partial).to_be_empty()
+            while len((await partial.text_content()).split()) < 3:
                 await asyncio.sleep(0.02)
             await page.locator("#start").blur()
             await page.screenshot(path=options.output)

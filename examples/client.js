@@ -4,24 +4,24 @@
 //
 // talk.wav: 16 kHz, mono, 16 bit. Prints each word with its time in seconds. In an app:
 //
-//   const transcription = new Transcription(url, { key, onWord, onTail, onStatus });
-//                                     // onWord({text, start, end}): final, seconds; onTail(text): may still change
+//   const transcription = new Transcription(url, { key, onWord, onPartial, onStatus });
+//                                     // onWord({text, start, end}): final, seconds; onPartial(text): may still change
 //   transcription.add(samples);       // Int16Array, 16 kHz mono, whenever there are some
 //   transcription.end();              // then the last words come
-//   await transcription.finished;     // throws Refused or Lost, after the words before it
+//   await transcription.finished;     // throws Refused or SessionLost, after the words before it
 
 import { RATE } from "../captions/timeline.js";
-import { Lost, Refused, Transcriber } from "../captions/transcriber.js";
+import { SessionLost, Refused, Transcriber } from "../captions/transcriber.js";
 
-export { Lost, Refused };
+export { SessionLost, Refused };
 
 export class Transcription {
   #transcriber; #over = false;
-  constructor(url, { key = "", onWord = () => {}, onTail = () => {}, onStatus = () => {} } = {}) {
+  constructor(url, { key = "", onWord = () => {}, onPartial = () => {}, onStatus = () => {} } = {}) {
     const on = {
       state: (_, message) => message && onStatus(message),
       words: (words) => words.forEach(onWord),
-      tail: (words) => onTail(words.map(({ text }) => text).join("")),
+      partial: (words) => onPartial(words.map(({ text }) => text).join("")),
       lost: (start, end) => onStatus(`audio from ${start.toFixed(1)} to ${end.toFixed(1)} s is lost`),
     };
     const way = key && typeof window === "undefined" ? { headers: { Authorization: `Bearer ${key}` } } : undefined;
@@ -33,7 +33,7 @@ export class Transcription {
     this.finished.catch(() => {}); // whoever awaits it gets the error; Node ends where nobody does yet
   }
 
-  add(samples) { this.#transcriber.hear(samples.slice()); }
+  add(samples) { this.#transcriber.addAudio(samples.slice()); }
   end() { this.#transcriber.end(); }
 
   /** Wait here before `add` if the audio can wait (a file); a microphone cannot. */

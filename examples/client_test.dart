@@ -9,7 +9,7 @@ import 'dart:typed_data';
 
 import 'timeline.dart';
 
-const without = ['between', 'drop', 'rut']; // what this timeline does not do
+const without = ['between', 'drop', 'blanks']; // what this timeline does not do
 int seed = 1;
 
 /// Noise of whole numbers, as tests/test_traces.py makes it.
@@ -32,20 +32,20 @@ String? replay(List<dynamic> steps) {
   for (final step in steps) {
     final act = step['do'] as Map<String, dynamic>, then = step['then'] as Map<String, dynamic>;
     if (act.containsKey('session')) timeline.begin();
-    if (act.containsKey('audio')) timeline.hear(noise(act['audio'] as List<dynamic>));
+    if (act.containsKey('audio')) timeline.addAudio(noise(act['audio'] as List<dynamic>));
     for (final text in (act['deltas'] as List<dynamic>?) ?? <dynamic>[]) {
       final deltas = text is int ? List<String>.filled(text, '') : [text as String];
       for (final delta in deltas) {
-        words.addAll(timeline.understand(delta));
+        words.addAll(timeline.addDelta(delta));
       }
     }
-    if (act.containsKey('final')) words.addAll(timeline.settle(max(timeline.understood, timeline.heard)));
+    if (act.containsKey('final')) words.addAll(timeline.commit(max(timeline.transcribed, timeline.received)));
     for (final word in then['words'] as List<dynamic>) {
       wanted.add(word as List<dynamic>);
     }
-    final got = [timeline.settled, timeline.heard, timeline.understood];
-    final right = [then['settled'], then['heard'], then['understood']];
-    if ('$got' != '$right') return '${jsonEncode(act)}: settled, heard, understood are $got, not $right';
+    final got = [timeline.committed, timeline.received, timeline.transcribed];
+    final right = [then['committed'], then['received'], then['transcribed']];
+    if ('$got' != '$right') return '${jsonEncode(act)}: committed, received, transcribed are $got, not $right';
   }
   final texts = words.map((word) => word.text).join('|'), right = wanted.map((word) => word[0]).join('|');
   if (texts != right) return 'words are $texts, not $right';

@@ -1,11 +1,11 @@
-// What was heard, understood and settled: the part of client.dart without a network, and without packages.
+// What was received, transcribed and committed: the part of client.dart without a network, and without packages.
 // The rules are those of voxtral_client/timeline.py, less what PROTOCOL.md does not ask for: starts of words, talk that
 // never pauses, and the model stuck in blanks. client_test.dart holds it to the traces of tests/traces.json.
 import 'dart:math';
 import 'dart:typed_data';
 
 const rate = 16000, frame = 1280, hop = 320; // samples: a second, one delta, one level reading
-const settleAfter = 4 * frame; // a word's text comes within 0.32 s of its end
+const commitMargin = 4 * frame; // a word's text comes within 0.32 s of its end
 const pause = 3 * frame; // silence required on both sides of a commit point
 // Chinese and Japanese are written without spaces.
 final unspaced = RegExp(
@@ -20,64 +20,64 @@ class Word {
   double get end => max(0, at) / rate; // seconds
 }
 
-/// What was heard, understood and settled. Positions are samples of the whole input, across all sessions.
+/// What was received, transcribed and committed. Positions are samples of the whole input, across all sessions.
 class Timeline {
-  int settled = 0, origin = 0, frames = 0, lastText = 0, _first = 0;
-  String spoken = ''; // the last character of the settled text
-  List<Word> tail = [];
+  int committed = 0, origin = 0, frames = 0, lastText = 0, _first = 0;
+  String spoken = ''; // the last character of the final text
+  List<Word> partial = [];
   Int16List _pcm = Int16List(0);
   final List<double> _levels = [];
 
-  int get heard => _first + _pcm.length;
-  int get understood => origin + frames * frame;
+  int get received => _first + _pcm.length;
+  int get transcribed => origin + frames * frame;
   Int16List audio(int from, int count) => Int16List.sublistView(_pcm, from - _first, from - _first + count);
 
-  void hear(Int16List samples) {
+  void addAudio(Int16List samples) {
     _pcm = Int16List(_pcm.length + samples.length)
       ..setAll(0, _pcm)
       ..setAll(_pcm.length, samples);
-    for (var at = _levels.length * hop; at + hop <= heard; at += hop) {
+    for (var at = _levels.length * hop; at + hop <= received; at += hop) {
       final power = audio(at, hop).fold(0.0, (sum, x) => sum + pow(x / 32768, 2)) / hop;
       _levels.add(10 * log(power + 1e-10) / ln10);
     }
   }
 
-  /// A new session starts at the settled point; its words replace the tail.
+  /// A new session starts at the commit point; its words replace the partial ones.
   void begin() {
-    origin = lastText = settled;
+    origin = lastText = committed;
     frames = 0;
-    tail = [];
+    partial = [];
   }
 
   /// Book one delta; return the words that are final now.
-  List<Word> understand(String text) {
+  List<Word> addDelta(String text) {
     frames += 1;
     if (lastText == origin && text.isNotEmpty && spoken.isNotEmpty) {
       final ends = [spoken, String.fromCharCode(text.runes.first)];
       final apart = ends.every((c) => c.trim().isNotEmpty && !unspaced.hasMatch(c));
       if (apart) text = ' $text'; // a later session's first word may come without its space
     }
-    if (text.isNotEmpty) lastText = understood;
+    if (text.isNotEmpty) lastText = transcribed;
     for (final match in RegExp(r'\s*\S+|\s+').allMatches(text)) {
       final part = match[0]!;
-      if (part.trimLeft() != part || tail.isEmpty) {
-        tail.add(Word(part, understood - 3 * frame ~/ 2));
+      if (part.trimLeft() != part || partial.isEmpty) {
+        partial.add(Word(part, transcribed - 3 * frame ~/ 2));
       } else {
-        tail.last.text += part;
+        partial.last.text += part;
       }
     }
-    final point = min(understood - settleAfter, heard);
-    if (point <= settled || lastText > point || !_quiet(point - pause, point + pause)) return [];
-    return settle(point);
+    final point = min(transcribed - commitMargin, received);
+    if (point <= committed || lastText > point || !_quiet(point - pause, point + pause)) return [];
+    return commit(point);
   }
 
-  List<Word> settle(int point) {
-    final words = tail.where((word) => word.at <= point).toList();
-    tail = tail.sublist(words.length);
+  List<Word> commit(int point) {
+    final words = partial.where((word) => word.at <= point).toList();
+    partial = partial.sublist(words.length);
     if (words.isNotEmpty) spoken = String.fromCharCode(words.last.text.runes.last);
-    point = point.clamp(settled, heard).toInt();
+    point = point.clamp(committed, received).toInt();
     _pcm = _pcm.sublist(point - _first);
-    _first = settled = point;
+    _first = committed = point;
     return words;
   }
 

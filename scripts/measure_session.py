@@ -34,13 +34,13 @@ async def measure(options: argparse.Namespace) -> int:
     rounds = int(options.minutes * 60 / file.seconds)
     blocks = itertools.chain.from_iterable(file.blocks() for _ in range(rounds))
     minutes: dict[int, list[float]] = {}
-    understand, last = transcriber.timeline.understand, time.perf_counter()
+    add_delta, last = transcriber.timeline.add_delta, time.perf_counter()
 
     def timed(text: str) -> None:
         nonlocal last
         now = time.perf_counter()
-        understand(text)
-        minutes.setdefault(transcriber.timeline.understood // (60 * RATE), []).append(1000 * (now - last))
+        add_delta(text)
+        minutes.setdefault(transcriber.timeline.transcribed // (60 * RATE), []).append(1000 * (now - last))
         last = now
         if len(minutes) > 1 and len(minutes[max(minutes)]) == 1:
             report(max(minutes) - 1)
@@ -50,7 +50,7 @@ async def measure(options: argparse.Namespace) -> int:
         print(f"minute {minute + 1:3}: {statistics.fmean(took):6.1f} ms a frame (median {statistics.median(took):.1f})")
         sys.stdout.flush()
 
-    transcriber.timeline.understand = timed
+    transcriber.timeline.add_delta = timed
     with open(options.text or os.devnull, "w") as text:
         async for word in transcriber.words(stream(blocks)):
             print(word.text, end="", file=text, flush=True)

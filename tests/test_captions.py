@@ -54,13 +54,13 @@ async def start(page: Page) -> None:
 
 
 async def captions(page: Page, count: int) -> list[str]:
-    """Wait until `count` words are settled, stop, and return all words."""
-    settled = page.locator("#settled")
-    await expect(settled).to_contain_text(re.compile(rf"(\S+\s+){{{count - 1}}}\S"))
+    """Wait until `count` words are final, stop, and return all words."""
+    final = page.locator("#final")
+    await expect(final).to_contain_text(re.compile(rf"(\S+\s+){{{count - 1}}}\S"))
     await page.get_by_role("button", name="Stop", exact=True).click()
     await expect(page.locator("#start")).to_have_text("Start")
-    await expect(page.locator("#tail")).to_be_empty()
-    return (await settled.inner_text()).split()
+    await expect(page.locator("#partial")).to_be_empty()
+    return (await final.inner_text()).split()
 
 
 async def names_of_controls(page: Page) -> dict[str, list[str]]:
@@ -95,7 +95,7 @@ def test_captions_on_localhost_by_keyboard(server, speech):
             await page.keyboard.press("Tab")
             await page.keyboard.press("Enter")
             await expect(page.locator("#state")).to_have_text("listening")
-            await expect(page.locator("#tail")).to_contain_text(spoken[0])
+            await expect(page.locator("#partial")).to_contain_text(spoken[0])
             await expect(page.locator("#level")).to_have_attribute("aria-valuenow", re.compile(r"-[123]?\d"))
             assert await captions(page, len(spoken)) == spoken
             assert await page.evaluate("navigator.mediaDevices.enumerateDevices().then(all => all.length)") > 1
@@ -123,15 +123,15 @@ def test_captions_on_localhost_by_keyboard(server, speech):
             assert all(name.strip() for role in names.values() for name in role), names
             live = "[...document.querySelectorAll('[aria-live]')].map(e => e.id + e.getAttribute('aria-live'))"
             assert await page.evaluate(live) == ["settledpolite"]
-            assert await page.locator("[aria-live] #tail").count() == 0
+            assert await page.locator("[aria-live] #partial").count() == 0
             for scheme in ("light", "dark"):
                 await page.emulate_media(color_scheme=scheme)
-                assert await page.evaluate(CONTRAST, "#settled") > 7
-                assert await page.evaluate(CONTRAST, "#tail") > 4.5
+                assert await page.evaluate(CONTRAST, "#final") > 7
+                assert await page.evaluate(CONTRAST, "#partial") > 4.5
             for width in (360, 1280):
                 await page.set_viewport_size({"width": width, "height": 700})
                 assert await page.evaluate("document.documentElement.scrollWidth") <= width
-            size = "parseFloat(getComputedStyle(document.querySelector('#settled')).fontSize)"
+            size = "parseFloat(getComputedStyle(document.querySelector('#final')).fontSize)"
             before = await page.evaluate(size)
             await page.get_by_role("button", name="Larger text").click()
             assert await page.evaluate(size) > before >= 30
@@ -151,7 +151,7 @@ def test_connection_cut_in_mid_speech(server, speech):
                 ".observe(document.querySelector('#message'), {childList: true})"
             )
             await start(page)
-            await expect(page.locator("#tail")).to_contain_text(spoken[1])
+            await expect(page.locator("#partial")).to_contain_text(spoken[1])
             proxy.refusing = True
             proxy.cut()
             await expect(page.locator("#message")).to_contain_text("No server answers; trying again")
@@ -177,7 +177,7 @@ def test_firefox_with_a_real_sound_device(server, speech, tmp_path):
             await page.evaluate("document.querySelector('#start').click()")
             await page.becomes("#state", "listening")
             await asyncio.to_thread(pulse.play(path).wait)
-            await page.becomes("#settled", " ".join(spoken))
+            await page.becomes("#final", " ".join(spoken))
             await page.evaluate("document.querySelector('#start').click()")
             await page.becomes("#state", "ready")
 
@@ -382,10 +382,10 @@ def test_long_talk_rolls_over(server):
       const { Transcriber } = await import(base + "transcriber.js");
       const samples = new Int16Array(Uint8Array.from(atob(audio), c => c.charCodeAt(0)).buffer);
       const words = [], faults = [];
-      const keep = { state: (name, message) => message && faults.push(message), tail: () => {}, lost: () => {} };
+      const keep = { state: (name, message) => message && faults.push(message), partial: () => {}, lost: () => {} };
       const endpoint = new URL("../v1/realtime", base);
       const transcriber = new Transcriber(endpoint, "", { ...keep, words: (more) => words.push(...more) });
-      for (let at = 0; at < samples.length; at += 1280) transcriber.hear(samples.slice(at, at + 1280));
+      for (let at = 0; at < samples.length; at += 1280) transcriber.addAudio(samples.slice(at, at + 1280));
       transcriber.end();
       await transcriber.run();
       return { words, faults, sessions: transcriber.sessions };
@@ -407,16 +407,18 @@ def test_long_talk_rolls_over(server):
 
 
 def test_books_agree_with_the_clients(server):
-    """The same audio, deltas and cuts into timeline.py and timeline.js: the same words, times and settled points."""
+    """The same audio, deltas and cuts into timeline.py and timeline.js: the same words, times and commit points."""
     noise = np.random.default_rng(7)
     lengths = [(int(noise.integers(8, 45)), int(noise.integers(1, 100))) for _ in range(60)] + [(30, 1)] * 60
     samples, words = audio_of(lengths)
     timeline, pcm, calls, seen = Timeline(), to_pcm16(samples), [], []
 
     def call(name: str, argument: object = None) -> object:
-        calls.append([name, base64.b64encode(argument).decode() if name == "hear" else argument])
+        calls.append([name, base64.b64encode(argument).decode() if name == "add_audio" else argument])
         result = getattr(timeline, name)(*[] if argument is None else [argument])
-        seen.append([timeline.settled, timeline.understood, round(timeline.unanswered(), 6), len(timeline.tail)])
+        seen.append(
+            [timeline.committed, timeline.transcribed, round(timeline.wordless_sound(), 6), len(timeline.partial)]
+        )
         return result
 
     sent = 0
@@ -424,13 +426,13 @@ def test_books_agree_with_the_clients(server):
         model = Model(words, call("begin"))
         cut = noise.integers(100, 700)
         while sent < len(pcm) and model.frames < cut:
-            if timeline.heard < timeline.understood + 7 * FRAME:
-                call("hear", pcm[sent : sent + 3200])
+            if timeline.received < timeline.transcribed + 7 * FRAME:
+                call("add_audio", pcm[sent : sent + 3200])
                 sent += 3200
             else:
-                call("understand", model.delta())
+                call("add_delta", model.delta())
         if noise.random() < 0.3:
-            call(str(noise.choice(["settle_between_words", "suspect_rut"])))
+            call(str(noise.choice(["commit_between_words", "suspect_blanks"])))
         elif noise.random() < 0.3:
             call("drop_oldest", 20 * RATE)
     call("finish")
@@ -439,9 +441,9 @@ def test_books_agree_with_the_clients(server):
       const timeline = new Timeline(), seen = [];
       for (const [name, argument] of calls) {
         const samples = () => new Int16Array(Uint8Array.from(atob(argument), c => c.charCodeAt(0)).buffer);
-        timeline[name.replace(/_(.)/g, (_, c) => c.toUpperCase())](name === "hear" ? samples() : argument);
-        const unanswered = Math.round(timeline.unanswered() * 1e6) / 1e6;
-        seen.push([timeline.settled, timeline.understood, unanswered, timeline.tail.length]);
+        timeline[name.replace(/_(.)/g, (_, c) => c.toUpperCase())](name === "add_audio" ? samples() : argument);
+        const wordlessSound = Math.round(timeline.wordlessSound() * 1e6) / 1e6;
+        seen.push([timeline.committed, timeline.transcribed, wordlessSound, timeline.partial.length]);
       }
       return { seen, words: timeline.take() };
     }"""
@@ -605,7 +607,7 @@ def test_page_in_the_background_goes_on(tmp_path):
         server = ScriptedServer(lambda: Scripted(speak=Ear(texts)), cuts=[25, 10])
         async with server, spied(server, IN_THE_BACKGROUND, write(tmp_path / "tones.wav", sound)) as page:
             await start(page)
-            await expect(page.locator("#settled")).to_contain_text(" ".join(text.strip() for text in texts[:7]))
+            await expect(page.locator("#final")).to_contain_text(" ".join(text.strip() for text in texts[:7]))
             assert len(server.sessions) == 3
             await page.evaluate("visible = true")
 

@@ -187,14 +187,14 @@ def test_speech_that_the_model_does_not_answer_is_asked_again(server, recording,
     """vllm#47614: blanks over speech. Here the proxy blanks the deltas of the first session."""
 
     async def scenario() -> tuple[list[Word], Observed]:
-        transcriber = Observed(server.url, rut_after=6)
-        understand = transcriber.timeline.understand
+        transcriber = Observed(server.url, blanks_after=6)
+        add_delta = transcriber.timeline.add_delta
 
         def stuck(text: str) -> None:
             timeline = transcriber.timeline
-            understand("" if timeline.session == 1 and timeline.understood > 10 * 16000 else text)
+            add_delta("" if timeline.session == 1 and timeline.transcribed > 10 * 16000 else text)
 
-        transcriber.timeline.understand = stuck
+        transcriber.timeline.add_delta = stuck
         return await transcriber.transcribe(recording), transcriber
 
     words, transcriber = asyncio.run(scenario())

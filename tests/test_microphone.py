@@ -42,7 +42,7 @@ def speech(tmp_path_factory):
     folder, talks = tmp_path_factory.mktemp("speech"), []
     for seed in (22, 245):  # four words each
         samples, spoken = talk(2, seed=seed)
-        # one second more, so that the last word is settled when the talk is over
+        # one second more, so that the last word is final when the talk is over
         path = write(folder / f"{seed}.wav", np.concatenate([samples, np.zeros(16000, np.float32)]))
         talks.append((path, [text for text, _, _ in spoken]))
     return talks
@@ -281,7 +281,7 @@ def test_server_killed_and_restarted(pulse, tmp_path):
 
 
 def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
-    """What was settled is there, and the file is whole."""
+    """The final words are there, and the file is whole."""
     path, spoken = speech[0]
     with (
         proxy_to(server) as proxy,

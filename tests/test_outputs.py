@@ -201,7 +201,7 @@ def test_two_files_for_one_output(server, folder):
 
 
 def test_killed_in_the_middle_the_subtitles_are_valid(server, tmp_path):
-    """kill -9 in a ten-minute file: the SRT holds all words settled so far."""
+    """kill -9 in a ten-minute file: the SRT holds all words committed so far."""
     samples, words = talk(600, seed=12)
     path, out = write(tmp_path / "long.wav", samples), tmp_path / "long.srt"
     command = [
@@ -256,7 +256,7 @@ def test_ten_hours_start_at_once_in_little_memory(server, tmp_path):
 
 
 def test_json_lines(server, tmp_path):
-    """Words as they settle, each on a line; the last line says how each file ended. Joined, the texts are the text."""
+    """A line for each final word; the last line says how each file ended. Joined, the texts are the transcript."""
     (tmp_path / "bad.wav").write_text("not audio")
     sample = CHECKPOINT / "sample.wav"
     result = transcribe(server, sample, tmp_path / "bad.wav", "-f", "jsonl", "-o", "-", "--quiet")

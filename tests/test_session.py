@@ -75,7 +75,7 @@ def test_server_that_breaks_at_the_same_place_every_time():
 def test_server_whose_sessions_are_too_short_for_a_word():
     async def run() -> None:
         async with ScriptedServer(lambda: Scripted(limit=2)) as server:
-            with pytest.raises(GaveUp, match="before a word could settle"):
+            with pytest.raises(GaveUp, match="before any word was final"):
                 await transcribe(server, pieces(tones(3)), give_up_after=1, stall_after=0.5)
 
     asyncio.run(asyncio.wait_for(run(), 60))
@@ -343,10 +343,10 @@ def node(script: str, *arguments: object) -> dict:
       const read = (path) => new Int16Array(new Uint8Array(readFileSync(path)).buffer);
       async function captions(url, samples) {{
         let text = "", told = [];
-        const on = {{ state: (_, message) => told.push(message), tail() {{}}, lost() {{}} }};
+        const on = {{ state: (_, message) => told.push(message), partial() {{}}, lost() {{}} }};
         on.words = (words) => {{ for (const word of words) text += word.text; }};
         const transcriber = new Transcriber(url.replace("ws", "http"), "", on);
-        for (let at = 0; at < samples.length; at += 1280) transcriber.hear(samples.slice(at, at + 1280));
+        for (let at = 0; at < samples.length; at += 1280) transcriber.addAudio(samples.slice(at, at + 1280));
         transcriber.end();
         await transcriber.run();
         return {{ text, told, sessions: transcriber.sessions }};

@@ -60,15 +60,15 @@ def follow(samples: np.ndarray, words: list[tuple[str, int, int]], cuts) -> tupl
         origin = timeline.begin()
         model, left = Model(words, origin), cuts.pop(0) if cuts else None
         while left is None or left > 0:
-            needed = timeline.understood + FRAME + DELAY
-            if timeline.heard < needed and sent < len(pcm):
-                timeline.hear(pcm[sent : sent + 3200])
+            needed = timeline.transcribed + FRAME + DELAY
+            if timeline.received < needed and sent < len(pcm):
+                timeline.add_audio(pcm[sent : sent + 3200])
                 sent += 3200
                 continue
-            if sent >= len(pcm) and timeline.understood >= timeline.heard + RATE // 2 and not model.queue:
+            if sent >= len(pcm) and timeline.transcribed >= timeline.received + RATE // 2 and not model.queue:
                 timeline.finish()
                 return got + timeline.take(), words
-            timeline.understand(model.delta())
+            timeline.add_delta(model.delta())
             got += timeline.take()
             left = None if left is None else left - 1
 
@@ -136,32 +136,32 @@ def test_starts_in_steady_noise(noise):
 
 @pytest.mark.slow
 def test_memory_stays_bounded_over_two_hours():
-    """Two hours of talk leave no more in the books than a minute of it does."""
+    """Two hours of talk leave no more in the timeline than a minute of it does."""
     samples, words = audio_of([(20, 40)] * 50)  # one minute
     pcm, timeline = to_pcm16(samples), Timeline(iter(range(1, 2)))  # what pickle takes in all Pythons
     timeline.begin()
     sizes = []
     for minute in range(120):
         model = Model([(t, s + minute * len(samples), e + minute * len(samples)) for t, s, e in words], 0)
-        model.frames = timeline.understood // FRAME
+        model.frames = timeline.transcribed // FRAME
         for at in range(0, len(pcm), 3200):
-            timeline.hear(pcm[at : at + 3200])
-            while timeline.heard - timeline.understood > DELAY + FRAME:
-                timeline.understand(model.delta())
+            timeline.add_audio(pcm[at : at + 3200])
+            while timeline.received - timeline.transcribed > DELAY + FRAME:
+                timeline.add_delta(model.delta())
         timeline.take()
         sizes.append(len(pickle.dumps(timeline)))
     assert max(sizes[-10:]) <= 1.5 * max(sizes[1:11])
 
 
 def spoken(sessions: list[list[str]]) -> str:
-    """What becomes of sessions with these texts, each piece followed by a pause that settles it."""
+    """What becomes of sessions with these texts, each piece followed by a pause that commits it."""
     timeline = Timeline()
     for texts in sessions:
         timeline.begin()
-        timeline.hear(bytes(2 * RATE * len(texts)))
+        timeline.add_audio(bytes(2 * RATE * len(texts)))
         for text in texts:
             for delta in ["", "", text, *[""] * 8]:
-                timeline.understand(delta)
+                timeline.add_delta(delta)
     timeline.finish()
     return "".join(word.text for word in timeline.take())
 
@@ -184,7 +184,7 @@ def test_live_audio_beyond_the_buffer_is_dropped_and_told():
     timeline.begin()
     rng = np.random.default_rng(0)
     for _ in range(100):
-        timeline.hear(to_pcm16(rng.normal(0, 0.1, RATE)))
+        timeline.add_audio(to_pcm16(rng.normal(0, 0.1, RATE)))
     lost = timeline.drop_oldest(30 * RATE)
     assert lost == (0, 70 * RATE)
     assert timeline.begin() == 70 * RATE

@@ -1,11 +1,12 @@
 """One set of traces holds the timelines of Python, JavaScript and Dart together: tests/traces.json.
 
 A trace is a list of steps. `do` is what happens: `session` (a new one was created; after a fault it resumes from the
-last pause), `audio` (runs of [milliseconds, amplitude], all of it heard at once), `deltas` (texts; a number stands for
-so many empty ones), `fault` (the session broke: no call), `between` (settle between two words), `drop` (keep so many
-samples), `rut`, `final` (the input has ended and all is understood). `then` is what Python makes of it: `settled` (the
-commit point), `heard` and `understood` in samples, the `words` settled in this step and the `tail`: [text, start, end,
-session], in seconds. Of what follows this has no say: sessions, `/v1/models`, waits (tests/test_session.py).
+last pause), `audio` (runs of [milliseconds, amplitude], all of it received at once), `deltas` (texts; a number stands
+for so many empty ones), `fault` (the session broke: no call), `between` (commit between two words), `drop` (keep so
+many samples), `blanks`, `final` (the input has ended and all is transcribed). `then` is what Python makes of it:
+`committed` (the commit point), `received` and `transcribed` in samples, the `words` that became final in this step and
+the `partial` words: [text, start, end, session], in seconds. Of what follows this has no say: sessions, `/v1/models`,
+waits (tests/test_session.py).
 
     python tests/test_traces.py         writes the file again
 """
@@ -54,8 +55,15 @@ TRACES = {
         *[SESSION, *TWO, speech(400, 200), deltas(2, " lost"), FAULT, SESSION, silence(1000), deltas(9, "found", 16)],
         FINAL,
     ],
-    "a fault before anything was understood": [SESSION, silence(500), speech(400), FAULT, *[SESSION, deltas(3)], FAULT],
-    "the final flush takes what no pause has settled": [
+    "a fault before anything was transcribed": [
+        SESSION,
+        silence(500),
+        speech(400),
+        FAULT,
+        *[SESSION, deltas(3)],
+        FAULT,
+    ],
+    "the final flush takes what no pause has committed": [
         *[SESSION, silence(480), speech(400), deltas(11), FINAL, SESSION, deltas(" late"), FINAL],
     ],
     "a final word at the very end": [SESSION, silence(480), speech(400), deltas(11, " end", 10), FINAL],
@@ -66,7 +74,7 @@ TRACES = {
     ],
     "an empty session": [SESSION, FAULT, SESSION, FINAL],
     "sound without a word is asked again": [
-        *[SESSION, silence(480), speech(5000), deltas(66), {"rut": True}, FAULT, SESSION, silence(2000), deltas(90)],
+        *[SESSION, silence(480), speech(5000), deltas(66), {"blanks": True}, FAULT, SESSION, silence(2000), deltas(90)],
         FINAL,
     ],
     "an outage drops the oldest audio": [
@@ -105,21 +113,21 @@ def replay(steps: list[dict]) -> list[dict]:
                 timeline.begin()
             case {"audio": runs}:
                 sound, seed = pcm(runs, seed)
-                timeline.hear(sound)
+                timeline.add_audio(sound)
             case {"deltas": texts}:
                 for text in texts:
                     for delta in [""] * text if isinstance(text, int) else [text]:
-                        timeline.understand(delta)
+                        timeline.add_delta(delta)
             case {"between": _}:
-                timeline.settle_between_words()
+                timeline.commit_between_words()
             case {"drop": keep}:
                 timeline.drop_oldest(keep)
-            case {"rut": _}:
-                timeline.suspect_rut()
+            case {"blanks": _}:
+                timeline.suspect_blanks()
             case {"final": _}:
                 timeline.finish()
-        then = {"settled": timeline.settled, "heard": timeline.heard, "understood": timeline.understood}
-        seen.append({"do": step, "then": then | {"words": rows(timeline.take()), "tail": rows(timeline.tail)}})
+        then = {"committed": timeline.committed, "received": timeline.received, "transcribed": timeline.transcribed}
+        seen.append({"do": step, "then": then | {"words": rows(timeline.take()), "partial": rows(timeline.partial)}})
     return seen
 
 
@@ -141,23 +149,23 @@ for (const trace of Object.values(traces)) {
   const timeline = new Timeline();
   let seed = 1;
   for (const step of trace) {
-    const { session, audio, deltas, between, drop, rut, final } = step.do;
+    const { session, audio, deltas, between, drop, blanks, final } = step.do;
     if (session) timeline.begin();
     if (audio) {
-      timeline.hear(Int16Array.from(audio.flatMap(([ms, amplitude]) => Array.from({ length: 16 * ms }, () => {
+      timeline.addAudio(Int16Array.from(audio.flatMap(([ms, amplitude]) => Array.from({ length: 16 * ms }, () => {
         seed = (75 * seed + 74) % 65537;
         return Math.floor((seed * (2 * amplitude + 1)) / 65537) - amplitude;
       }))));
     }
     for (const text of deltas ?? []) {
-      for (const delta of typeof text === "number" ? Array(text).fill("") : [text]) timeline.understand(delta);
+      for (const delta of typeof text === "number" ? Array(text).fill("") : [text]) timeline.addDelta(delta);
     }
-    if (between) timeline.settleBetweenWords();
+    if (between) timeline.commitBetweenWords();
     if (drop) timeline.dropOldest(drop);
-    if (rut) timeline.suspectRut();
+    if (blanks) timeline.suspectBlanks();
     if (final) timeline.finish();
-    const { settled, heard, understood } = timeline;
-    step.then = { settled, heard, understood, words: rows(timeline.take()), tail: rows(timeline.tail) };
+    const { committed, received, transcribed } = timeline;
+    step.then = { committed, received, transcribed, words: rows(timeline.take()), partial: rows(timeline.partial) };
   }
 }
 console.log(JSON.stringify(traces));

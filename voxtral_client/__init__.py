@@ -1,6 +1,6 @@
 """Client side of vLLM's realtime endpoint: audio in, words with times out.
 
-`session` speaks the protocol, `timeline` keeps the books, `transcriber` joins both into one
+`session` speaks the protocol, `timeline` keeps the words and their times, `transcriber` joins both into one
 transcription that survives its sessions. Nothing here imports torch or vllm.
 """
 

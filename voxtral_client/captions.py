@@ -103,11 +103,11 @@ class Captions:
         return line.append(f"{hms(elapsed)}  lag {self.transcriber.lag:.1f} s  {microphone.device.name}", "dim")
 
     async def redraw(self) -> None:
-        """Keep the tail and the status line up to date."""
+        """Keep the partial words and the status line up to date."""
         started = time.monotonic()
         while True:
-            tail = "".join(word.text for word in self.transcriber.timeline.tail)
-            self.screen.show(tail.lstrip() if self.fresh else tail, self.status(time.monotonic() - started))
+            partial = "".join(word.text for word in self.transcriber.timeline.partial)
+            self.screen.show(partial.lstrip() if self.fresh else partial, self.status(time.monotonic() - started))
             await asyncio.sleep(0.2)
 
     def store(self, file: object, item: object = None) -> None:
@@ -130,7 +130,7 @@ class Captions:
                 file.close()
 
     def write(self, word: Word) -> None:
-        """Print a settled word, after a pause on a new line."""
+        """Print a final word, after a pause on a new line."""
         self.store(self.writer, word)
         if not self.plain:
             return
@@ -175,7 +175,7 @@ class Captions:
             self.complete = not (self.missing or self.microphone.dropped)
         finally:
             drawing.cancel()
-            for word in timeline.tail:  # no session will replace it any more
+            for word in timeline.partial:  # no session will replace it any more
                 self.write(word)
             self.screen.write("" if self.fresh else "\n")
             for file in list(self.files):

@@ -79,7 +79,7 @@ def add_server_options(parser: argparse.ArgumentParser) -> None:
         type=seconds,
         default=GIVE_UP_SECONDS,
         metavar="SECONDS",
-        help="stop after so long without anything new understood (default: %(default).0f)",
+        help="stop after so long without anything new transcribed (default: %(default).0f)",
     )
 
 

@@ -169,7 +169,7 @@ async def transcribe(options: argparse.Namespace) -> int:
 
         async def redraw() -> None:
             while True:
-                screen.show(pool.tail, progress(pool.understood, total, started))
+                screen.show(pool.partial, progress(pool.transcribed, total, started))
                 await asyncio.sleep(0.2)
 
         drawing = asyncio.create_task(redraw())
@@ -185,10 +185,10 @@ async def transcribe(options: argparse.Namespace) -> int:
         if left := len(sources) - transcripts.begun:
             screen.say(f"{left} {'file was' if left == 1 else 'files were'} not begun")
             failures += 0 if interrupts.stop.is_set() else left
-        if pool.heard:
+        if pool.received:
             files = f"{len(sources)} files, " if len(sources) > 1 else ""
             screen.say(
-                f"{files}{pool.heard:.1f} s of audio in {took:.1f} s: {pool.heard / took:.1f} × real time; "
+                f"{files}{pool.received:.1f} s of audio in {took:.1f} s: {pool.received / took:.1f} × real time; "
                 f"{pool.sessions} sessions, {pool.prompt_tokens} prompt tokens, "
                 f"{pool.completion_tokens} completion tokens" + (f"; {failures} failed" if failures else "")
             )
@@ -263,7 +263,7 @@ class Transcripts:
 
     def _count(self, piece: Piece) -> None:
         transcriber = piece.transcriber
-        self._seconds = (piece.offset + transcriber.timeline.heard) / RATE
+        self._seconds = (piece.offset + transcriber.timeline.received) / RATE
         self._sessions += transcriber.sessions
         for key in self._usage:
             self._usage[key] += getattr(transcriber, key)

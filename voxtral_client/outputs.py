@@ -43,7 +43,7 @@ class Transcript:
                 self._failed(path, error)
 
     def write(self, word: Word) -> None:
-        """Add a settled word. Raises OSError for standard output only."""
+        """Add a final word. Raises OSError for standard output only."""
         if self._standard:
             self._standard.write(word)
         for path, writer in list(self._writers.items()):

@@ -132,7 +132,7 @@ class Pool:
     ):
         self._make, self.size, self._stop, self._realtime, self._say = make, size, stop, realtime, say
         self._active: list[Piece] = []
-        self._understood = self._heard = 0
+        self._transcribed = self._received = 0
         self._lost = False  # the server: one piece has found out for all
         self._refused = False  # the server has granted as many sessions as it can
         self.sessions = self.prompt_tokens = self.completion_tokens = 0
@@ -143,19 +143,19 @@ class Pool:
         return max(1, len(self._active)) if self._refused else self.size
 
     @property
-    def understood(self) -> float:
-        """Seconds of audio that have been understood, in all files."""
-        return (self._understood + sum(p.transcriber.timeline.understood for p in self._active)) / RATE
+    def transcribed(self) -> float:
+        """Seconds of audio that have been transcribed, in all files."""
+        return (self._transcribed + sum(p.transcriber.timeline.transcribed for p in self._active)) / RATE
 
     @property
-    def tail(self) -> str:
-        """Unsettled text behind what has been yielded."""
-        return "".join(word.text for word in self._active[0].transcriber.timeline.tail) if self._active else ""
+    def partial(self) -> str:
+        """Partial text after what has been yielded."""
+        return "".join(word.text for word in self._active[0].transcriber.timeline.partial) if self._active else ""
 
     @property
-    def heard(self) -> float:
+    def received(self) -> float:
         """Seconds of audio that have been read, in all files."""
-        return (self._heard + sum(p.transcriber.timeline.heard for p in self._active)) / RATE
+        return (self._received + sum(p.transcriber.timeline.received for p in self._active)) / RATE
 
     async def run(self, pieces: Iterator[Piece]) -> AsyncIterator[tuple[Piece, Word | Exception | None]]:
         """Yield each piece's words in order, with times of the file, then None or what went wrong.
@@ -246,12 +246,12 @@ class Pool:
     def _book(self, piece: Piece, end: Exception | None) -> None:
         """Put the end of the piece into its queue, and count it."""
         timeline = piece.transcriber.timeline
-        for word in timeline.tail:  # no session will replace it any more
+        for word in timeline.partial:  # no session will replace it any more
             piece.items.put_nowait(self._placed(word, piece))
         piece.items.put_nowait(end)
         piece.blocks = ()  # may wait long for those before it to be written
-        self._understood += min(timeline.understood, timeline.heard)
-        self._heard += timeline.heard
+        self._transcribed += min(timeline.transcribed, timeline.received)
+        self._received += timeline.received
         self.sessions += piece.transcriber.sessions
         self.prompt_tokens += piece.transcriber.prompt_tokens
         self.completion_tokens += piece.transcriber.completion_tokens

@@ -9,7 +9,7 @@ from rich.text import Text
 
 
 class Screen:
-    """Prints settled text for good and keeps the unsettled tail and a status line below it.
+    """Prints final text for good and keeps the partial words and a status line below it.
 
     On a terminal the text is wrapped at the window's width. Where stdout is a pipe or a file it
     gets the plain text at once, and only a status line shows, if stderr is a terminal. `quiet`
@@ -23,8 +23,8 @@ class Screen:
         if self._on_terminal or (sys.stderr.isatty() and not quiet):
             self._live = Live(console=console, auto_refresh=False, redirect_stdout=False, redirect_stderr=False)
         self._quiet = quiet
-        self._line = ""  # settled text of the line that is not full yet
-        self._tail, self._status = "", Text()
+        self._line = ""  # final text of the line that is not full yet
+        self._partial, self._status = "", Text()
 
     def __enter__(self) -> "Screen":
         if self._live:
@@ -33,12 +33,12 @@ class Screen:
 
     def __exit__(self, *exception: object) -> None:
         if self._live:
-            self._tail, self._status = "", Text()
+            self._partial, self._status = "", Text()
             self._refresh()
             self._live.stop()
 
     def write(self, text: str) -> None:
-        """Print settled text; the spaces and newlines in it are all there are."""
+        """Print final text; the spaces and newlines in it are all there are."""
         if not self._on_terminal:
             sys.stdout.write(text)
             sys.stdout.flush()
@@ -48,9 +48,9 @@ class Screen:
             self._print_line()
         self._refresh()
 
-    def show(self, tail: str = "", status: RenderableType = "") -> None:
-        """Replace the unsettled text and the status line."""
-        self._tail, self._status = tail, status
+    def show(self, partial: str = "", status: RenderableType = "") -> None:
+        """Replace the partial text and the status line."""
+        self._partial, self._status = partial, status
         self._refresh()
 
     def say(self, message: str) -> None:
@@ -65,7 +65,7 @@ class Screen:
         return max(20, self._live.console.width)
 
     def _print_line(self) -> None:
-        """Move the first line of the settled text above the live part."""
+        """Move the first line of the final text above the live part."""
         line, newline, rest = self._line.partition("\n")
         if cell_len(line) >= self._width:
             cut = len(line)
@@ -80,6 +80,6 @@ class Screen:
         if not self._live:
             return
         lines = [] if self._quiet else [self._status]
-        if self._on_terminal and (self._line or self._tail):
-            lines.insert(0, Text.assemble(self._line, (self._tail, "dim")))
+        if self._on_terminal and (self._line or self._partial):
+            lines.insert(0, Text.assemble(self._line, (self._partial, "dim")))
         self._live.update(Group(*lines), refresh=True)

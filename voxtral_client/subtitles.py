@@ -86,7 +86,7 @@ class Writer:
         self._fixed, self._end = 0, b""  # bytes that stay, and what stands behind them
 
     def write(self, word: Word) -> None:
-        """Add a settled word. Raises OSError; the file is then as it was before."""
+        """Add a final word. Raises OSError; the file is then as it was before."""
         raise NotImplementedError
 
     def close(self, **summary: object) -> None:
@@ -223,7 +223,7 @@ class JsonWriter(Writer):
 
 
 class JsonLinesWriter(Writer):
-    """JSON lines: {"text", "start", "end", "session"} for each word as it settles, and {"complete", ...summary} last.
+    """JSON lines: {"text", "start", "end", "session"} for each word that is final; {"complete", ...summary} last.
 
     The words' `text` begins with the space that stands before them: joined they are the transcript, in any script.
     """

@@ -1,18 +1,18 @@
-"""The books of one transcription: what was heard, understood and settled. No I/O, no clock.
+"""State of one transcription: audio received, transcribed and committed; partial and final words. No I/O, no clock.
 
 Positions are in samples of the input at 16 kHz, from its very first sample, across all sessions:
 
-    kept audio   |-- settled --|---- understood ----|-- heard -->
-                 ^ trimmed away  tail of words that a   sent or
-                   text final    new session replaces   waiting
+    0 ------------- committed ------------- transcribed ------------- received
+      words final,            words partial: a            sent or waiting
+      audio discarded         new session replaces them   to be sent
 
 One delta is one frame of 80 ms (vLLM counts them the same in `usage.completion_tokens`). The
 prompt holds the model's delay, so delta k of a session, counted from 0, speaks of the audio that
 ends 0.08 (k + 1) s after the session's first sample, whatever `transcription_delay_ms` is: the
 client never needs to know the delay.
 
-A settled point lies in a pause: the audio around it is silent, and the model has had 0.32 s to
-speak of everything before it. A new session that starts there hears whole words only.
+A commit point lies in a pause: the audio around it is silent, and the model has had 0.32 s to
+speak of everything before it. A new session that starts there gets whole words only.
 """
 
 import itertools
@@ -25,10 +25,10 @@ import numpy as np
 from .protocol import FRAME, RATE
 
 HOP = 320  # samples of one level reading: 20 ms
-SETTLE = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, then a piece a frame
+MARGIN = 4 * FRAME  # the model speaks of a word 0.01 to 0.2 s after its end, then a piece a frame
 PAUSE = 3 * FRAME  # silence required on both sides of a commit point
-MAX_TAIL = 30 * RATE  # so much unsettled audio without a pause is settled between two words
-UNANSWERED_SECONDS = 1.5  # sound without a word that may be a cough; more of it is not settled unasked
+MAX_TAIL = 30 * RATE  # so much audio not yet committed without a pause is committed between two words
+WORDLESS_SECONDS = 1.5  # sound without a word that may be a cough; more of it is not committed unasked
 NEAR = RATE // 2  # so far beside a pause, or before a word's end, what is loud is the voice
 MAX_WORD = 2 * RATE  # longest word considered when its start is looked for
 FLOOR_DB = -65.0  # below this everything is silence: the noise of a quiet microphone
@@ -53,34 +53,34 @@ class Word:
 
 
 class Timeline:
-    """See the module's docstring. Audio goes in by `hear`, deltas by `understand`."""
+    """See the module's docstring. Audio goes in by `add_audio`, deltas by `add_delta`."""
 
     def __init__(self, numbers: Iterator[int] | None = None) -> None:
         """`numbers`: where the numbers of sessions come from, if several timelines share them."""
         self._numbers = numbers or itertools.count(1)
-        self.settled = 0  # text before this sample is final
+        self.committed = 0  # text before this sample is final
         self.session = 0  # number of the current session
-        self.tail: list[Word] = []  # words after `settled`: a new session would replace them
-        self._final: list[Word] = []  # settled words not yet taken
-        self._spoken = ""  # the last character of the settled text
+        self.partial: list[Word] = []  # words after `committed`: a new session would replace them
+        self._final: list[Word] = []  # final words not yet taken
+        self._spoken = ""  # the last character of the final text
         self._pcm, self._pcm_start = bytearray(), 0
         self._levels: list[float] = []
         self._levels_start = 0  # position of the first level reading
         self._floor, self._edge, self._noise_at = FLOOR_DB, FLOOR_DB, -RATE
-        self._last_end = 0  # end of the last settled word
+        self._last_end = 0  # end of the last final word
         self._origin = self._frames = 0
         self._last_text = 0  # position of the last delta with text
-        self._rut: tuple[int, int] | None = None  # blank stretch that a second session must confirm
+        self._blanks: tuple[int, int] | None = None  # blank stretch that a second session must confirm
 
     # --- audio ---
 
     @property
-    def heard(self) -> int:
+    def received(self) -> int:
         """End of the audio so far."""
         return self._pcm_start + len(self._pcm) // 2
 
     @property
-    def understood(self) -> int:
+    def transcribed(self) -> int:
         """End of the audio that the current session has spoken of."""
         return self._origin + self._frames * FRAME
 
@@ -89,11 +89,11 @@ class Timeline:
         """Samples that the current session has spoken of."""
         return self._frames * FRAME
 
-    def hear(self, pcm: bytes) -> None:
+    def add_audio(self, pcm: bytes) -> None:
         """Append PCM16 bytes (an even number)."""
         self._pcm += pcm
         start = self._levels_start + len(self._levels) * HOP
-        count = (self.heard - start) // HOP
+        count = (self.received - start) // HOP
         if count > 0:
             samples = np.frombuffer(self.audio(start, count * HOP), "<i2").astype(np.float32) / 32768
             power = np.square(samples.reshape(count, HOP)).mean(axis=1)
@@ -106,100 +106,100 @@ class Timeline:
         return bytes(self._pcm[first : first + 2 * count])
 
     def drop_oldest(self, keep: int) -> tuple[int, int] | None:
-        """Keep at most `keep` samples of unsettled audio; return the span lost for good, if any.
+        """Keep at most `keep` samples of audio not yet committed; return the span lost for good, if any.
 
-        What a session has understood of the dropped audio stays. Begin a new session afterwards.
+        What a session has transcribed of the dropped audio stays. Begin a new session afterwards.
         """
-        start = self.heard - keep
-        if start <= self.settled:
+        start = self.received - keep
+        if start <= self.committed:
             return None
-        lost = max(self.settled, min(self.understood, start)), start
-        self._settle(start, sum(_samples(word.end) <= start for word in self.tail))
+        lost = max(self.committed, min(self.transcribed, start)), start
+        self._commit(start, sum(_samples(word.end) <= start for word in self.partial))
         return lost if lost[1] > lost[0] else None
 
     # --- sessions ---
 
     def begin(self) -> int:
-        """Start a new session: forget the tail, return the position from which to send audio."""
+        """Start a new session: forget the partial words, return the position from which to send audio."""
         self.session = next(self._numbers)
-        self.tail.clear()
-        self._origin, self._frames, self._last_text = self.settled, 0, self.settled
+        self.partial.clear()
+        self._origin, self._frames, self._last_text = self.committed, 0, self.committed
         return self._origin
 
-    def understand(self, text: str) -> None:
+    def add_delta(self, text: str) -> None:
         """Book the next delta."""
         self._frames += 1
-        now = self.understood
+        now = self.transcribed
         if text:
             blank_before = now - self._last_text > FRAME
             self._add(text, blank_before)
             self._last_text = now
-        point = min(now - SETTLE, self.heard)
-        if point <= self.settled or self._last_text > point:
+        point = min(now - MARGIN, self.received)
+        if point <= self.committed or self._last_text > point:
             pass  # a word may still be coming
-        elif self._quiet(point - PAUSE, point + PAUSE) and self.unanswered() <= UNANSWERED_SECONDS:
-            self._settle(point, len(self.tail))
-        elif self._rut and now >= self._rut[1] + SETTLE and self._last_text <= self._rut[0] + RATE:
-            self._settle(point, len(self.tail))  # two sessions agree that there are no words
-        if self.tail and now - self.settled > MAX_TAIL:
-            self.settle_between_words()
+        elif self._quiet(point - PAUSE, point + PAUSE) and self.wordless_sound() <= WORDLESS_SECONDS:
+            self._commit(point, len(self.partial))
+        elif self._blanks and now >= self._blanks[1] + MARGIN and self._last_text <= self._blanks[0] + RATE:
+            self._commit(point, len(self.partial))  # two sessions agree that there are no words
+        if self.partial and now - self.committed > MAX_TAIL:
+            self.commit_between_words()
 
-    def settle_between_words(self) -> None:
-        """Settle where it is quietest behind a word of the tail, for want of a pause."""
-        now, best = self.understood, None
-        ends = [_samples(word.end) for word in self.tail]
-        late = [end for end in ends if end > (self.settled + now) // 2] or ends
+    def commit_between_words(self) -> None:
+        """Commit where it is quietest behind a word among the partial words, where there is no pause."""
+        now, best = self.transcribed, None
+        ends = [_samples(word.end) for word in self.partial]
+        late = [end for end in ends if end > (self.committed + now) // 2] or ends
         for end in late:
-            if self.settled < end < now - SETTLE:
-                level, point = self._quietest(max(end - 4 * HOP, self.settled + HOP), end + 8 * HOP)
+            if self.committed < end < now - MARGIN:
+                level, point = self._quietest(max(end - 4 * HOP, self.committed + HOP), end + 8 * HOP)
                 if best is None or level <= best[0]:
                     best = level, point, ends.index(end) + 1
-        if best is None and now - SETTLE > self.settled + FRAME:
-            level, point = self._quietest(max(now - 2 * RATE, self.settled + FRAME), now - SETTLE)
+        if best is None and now - MARGIN > self.committed + FRAME:
+            level, point = self._quietest(max(now - 2 * RATE, self.committed + FRAME), now - MARGIN)
             best = level, point, sum(end <= point for end in ends)
         if best is not None:
-            self._settle(best[1], best[2])
+            self._commit(best[1], best[2])
 
     def finish(self) -> None:
-        """Settle everything: the input has ended and the server has spoken of all of it."""
-        self._settle(self.heard, len(self.tail))
+        """Commit everything: the input has ended and the server has spoken of all of it."""
+        self._commit(self.received, len(self.partial))
 
     def take(self) -> list[Word]:
-        """Return the words settled since the last call."""
+        """Return the words committed since the last call."""
         words, self._final = self._final, []
         return words
 
     # --- the model stuck in blanks (vllm#47614) ---
 
-    def unanswered(self) -> float:
-        """Seconds of sound above the noise, understood without a word since the last word."""
+    def wordless_sound(self) -> float:
+        """Seconds of sound above the noise, transcribed without a word since the last word."""
         start = self._answered
-        return float((self._readings(start, self.understood) > self._noise((0, self.heard))).sum()) * HOP / RATE
+        return float((self._readings(start, self.transcribed) > self._noise((0, self.received))).sum()) * HOP / RATE
 
     def wordless(self) -> float:
         """Seconds of audio, silent or not, since the last word."""
-        return (self.understood - self._answered) / RATE
+        return (self.transcribed - self._answered) / RATE
 
-    def suspect_rut(self) -> None:
+    def suspect_blanks(self) -> None:
         """Note that everything since the last word is to be confirmed by a new session."""
-        self._rut = self._last_text, self.understood
+        self._blanks = self._last_text, self.transcribed
 
     # --- private ---
 
     @property
     def _answered(self) -> int:
         """End of the audio that needs no asking again; a stretch under examination counts as answered."""
-        return max(self._last_text, self.settled, self._rut[1] if self._rut else 0)
+        return max(self._last_text, self.committed, self._blanks[1] if self._blanks else 0)
 
-    def _settle(self, point: int, words: int) -> None:
-        """Make `point` the settled point and the first `words` of the tail final."""
+    def _commit(self, point: int, words: int) -> None:
+        """Make `point` the commit point and the first `words` partial words final."""
         if words:
-            self._final += self.tail[:words]
-            self._spoken, self._last_end = self.tail[words - 1].text[-1], _samples(self.tail[words - 1].end)
-            del self.tail[:words]
-        self.settled = point
-        if self._rut and point >= self._rut[1]:
-            self._rut = None
+            self._final += self.partial[:words]
+            self._spoken, self._last_end = self.partial[words - 1].text[-1], _samples(self.partial[words - 1].end)
+            del self.partial[:words]
+        self.committed = point
+        if self._blanks and point >= self._blanks[1]:
+            self._blanks = None
         del self._pcm[: 2 * max(0, point - self._pcm_start)]
         self._pcm_start = max(self._pcm_start, point)
         excess = (point - 30 * RATE - self._levels_start) // HOP
@@ -208,18 +208,18 @@ class Timeline:
             self._levels_start += excess * HOP
 
     def _add(self, text: str, blank_before: bool) -> None:
-        """Append text of the frame just understood to the tail, as words."""
+        """Append text of the frame just transcribed to the partial words."""
         if self._last_text == self._origin and self._spoken and _apart(self._spoken, text[0]):
             text = " " + text  # the first word of a later session may come without its space
         for i, piece in enumerate(_split(text)):
-            last = self.tail[-1].text if self.tail else ""
+            last = self.partial[-1].text if self.partial else ""
             fresh = not last or piece[0].isspace() or last[-1].isspace()
             if fresh or i or (blank_before and piece[0].isalnum()):
-                start, end = self._locate(self.understood - FRAME)
-                self.tail.append(Word(piece, start / RATE, end / RATE, self.session))
+                start, end = self._locate(self.transcribed - FRAME)
+                self.partial.append(Word(piece, start / RATE, end / RATE, self.session))
             else:
-                word = self.tail[-1]
-                self.tail[-1] = Word(word.text + piece, word.start, word.end, word.session)
+                word = self.partial[-1]
+                self.partial[-1] = Word(word.text + piece, word.start, word.end, word.session)
 
     def _locate(self, spoken: int) -> tuple[int, int]:
         """Return start and end of the word whose end the model marked in the frame up to `spoken`.
@@ -227,7 +227,7 @@ class Timeline:
         The mark comes in the frame in which the word ends, or one beside it; where the sound falls
         silent near the middle of that frame, that is the end. The start is where the sound began.
         """
-        earliest = max(_samples(self.tail[-1].end) if self.tail else self._last_end, self._origin)
+        earliest = max(_samples(self.partial[-1].end) if self.partial else self._last_end, self._origin)
         first = -(-max(earliest, spoken - MAX_WORD, self._levels_start) // HOP) * HOP
         loud = self._readings(first, spoken + 2 * FRAME) > self._noise((spoken - NEAR, spoken), edge=True)
         expected = (spoken - FRAME // 2 - first) // HOP  # index of the reading behind the word's end
@@ -248,7 +248,7 @@ class Timeline:
         return np.array(self._levels[first : max(first, (end - self._levels_start) // HOP)])
 
     def _quiet(self, start: int, end: int) -> bool:
-        """Is all audio within [start, end) silent? The future beyond `heard` counts as silent."""
+        """Is all audio within [start, end) silent? The future beyond `received` counts as silent."""
         middle = (start + end) // 2
         noise = self._noise((start - NEAR, middle), (middle, end + NEAR))
         return bool((self._readings(start, end) <= noise).all())
@@ -268,14 +268,14 @@ class Timeline:
         parts of the quietest span, where only breath is. What was loud elsewhere, a tone for one, does not count.
         `edge`: for where a word begins and ends. In steady noise that is nearer to the floor.
         """
-        if self.heard - self._noise_at >= RATE // 2:
-            self._noise_at = self.heard
+        if self.received - self._noise_at >= RATE // 2:
+            self._noise_at = self.received
             recent = self._levels[-30 * RATE // HOP :]
             lowest, floor, loud = np.percentile(recent, (2, 10, 95)) if recent else [FLOOR_DB] * 3
             rise = min(8, 0.4 * (loud - floor))
             self._floor = max(FLOOR_DB, floor + rise)
             self._edge = max(FLOOR_DB, floor + min(rise, 2 + 6 * (floor - lowest)))
-        readings = [self._readings(max(start, self.heard - 30 * RATE), end) for start, end in voices]
+        readings = [self._readings(max(start, self.received - 30 * RATE), end) for start, end in voices]
         loud = min((float(np.percentile(span, 95)) for span in readings if len(span)), default=FLOOR_DB)
         return max(self._edge if edge else self._floor, loud - 35)
 

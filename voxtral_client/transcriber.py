@@ -4,15 +4,15 @@
     CONNECTING --------> LISTENING --------------------------> DONE
         ^  ^                 |    |    input ended, `done` came
         |  |  pause after a minute,
-        |  |  limit near, rut, stall, audio lost from the buffer
+        |  |  limit near, blanks, stall, audio lost from the buffer
         |  +-----------------+    |
         |                         |  connection lost, server error
         |      after a wait       v
-        +--------------------- WAITING ----> GaveUp  (nothing new understood for `give_up_after` s)
+        +--------------------- WAITING ----> GaveUp  (nothing new transcribed for `give_up_after` s)
                                              Refused (trying again is useless)
 
-Every arrow into CONNECTING goes on from the settled point of the `Timeline`: audio from there on
-is sent again, and the tail of words behind it is replaced. A word is yielded once, when settled.
+Every arrow into CONNECTING goes on from the commit point of the `Timeline`: audio from there on
+is sent again, and the partial words after it are replaced. A word is yielded once, when it is final.
 """
 
 import asyncio
@@ -22,15 +22,15 @@ from contextlib import aclosing
 
 from .protocol import FRAME, RATE
 from .session import Done, Server, Session, SessionLost
-from .timeline import UNANSWERED_SECONDS, Timeline, Word
+from .timeline import WORDLESS_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
 PIECE = RATE // 4  # audio in one message at most
 ROLLOVER_SECONDS = 75.0  # on a stock server a frame costs more with every frame before it (docs/performance.md)
 FLAT_ROLLOVER_SECONDS = 300.0  # where it does not: eight sessions of that length still fit beside each other on 12 GB
 STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
-RUT_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
-RUT_MAX_SECONDS = 80.0  # music and noise are examined less and less often; three times this must fit KEEP
+BLANKS_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
+BLANKS_MAX_SECONDS = 80.0  # music and noise are examined less and less often; three times this must fit KEEP
 KEEP_SECONDS = 300.0  # live audio kept through an outage: 9.6 MB
 GIVE_UP_SECONDS = 120.0  # a server restart takes a minute, a first start up to three
 MAX_DELAY = 3 * RATE  # a model with the longest delay (2.4 s) waits for so much audio before it speaks
@@ -39,7 +39,7 @@ PROMPT_TOKENS = 80  # of a session's length: start, padding and delay (39 at 480
 
 
 class GaveUp(Exception):
-    """Nothing was achieved for too long; what was settled has been yielded."""
+    """Nothing was achieved for too long; what was committed has been yielded."""
 
 
 class Transcriber:
@@ -63,7 +63,7 @@ class Transcriber:
         give_up_after: float = GIVE_UP_SECONDS,
         rollover_after: float | None = None,
         stall_after: float = STALL_SECONDS,
-        rut_after: float = RUT_SECONDS,
+        blanks_after: float = BLANKS_SECONDS,
         keep: float = KEEP_SECONDS,
         session_limit: float | None = None,
         numbers: Iterator[int] | None = None,
@@ -79,11 +79,11 @@ class Transcriber:
         """
         self.timeline = Timeline(numbers)
         self.sessions = self.completion_tokens = 0
-        self.lost: list[tuple[float, float]] = []  # spans of input that were never understood
+        self.lost: list[tuple[float, float]] = []  # spans of input that were never transcribed
         self._server, self._model, self._live, self._notify = server, model, live, notify
         self._give_up_after, self._rollover_after = give_up_after, rollover_after
-        self._stall_after, self._rut_after, self._keep = stall_after, rut_after, int(keep * RATE)
-        self._patience = rut_after
+        self._stall_after, self._blanks_after, self._keep = stall_after, blanks_after, int(keep * RATE)
+        self._patience = blanks_after
         self._session_limit, self._impatient = session_limit, impatient
         self._prompt = 0  # tokens of a session's prompt, as the server counts them
         self._last_delta = 0.0
@@ -109,14 +109,14 @@ class Transcriber:
 
     @property
     def lag(self) -> float:
-        """Seconds of audio heard but not yet understood."""
-        return max(0, self.timeline.heard - self.timeline.understood) / RATE
+        """Seconds of audio received but not yet transcribed."""
+        return max(0, self.timeline.received - self.timeline.transcribed) / RATE
 
     async def words(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[Word]:
-        """Yield the words of `chunks` (PCM16 bytes, 16 kHz mono) as they settle.
+        """Yield the words of `chunks` (PCM16 bytes, 16 kHz mono) as they become final.
 
         Raises Refused or GaveUp, or SessionLost if impatient; all final words have been yielded by then, the rest is in
-        `timeline.tail`. Exceptions of `chunks` come through, after the words before them.
+        `timeline.partial`. Exceptions of `chunks` come through, after the words before them.
         """
         intake = asyncio.create_task(self._hear(chunks))
         try:
@@ -129,7 +129,7 @@ class Transcriber:
             await asyncio.gather(intake, return_exceptions=True)
 
     async def _sessions(self) -> AsyncIterator[Word]:
-        """Run one session after the other until the input is understood."""
+        """Run one session after the other until the input is transcribed."""
         timeline, clock = self.timeline, asyncio.get_running_loop().time
         since, failures, furthest = clock(), 0, 0
         while await self._audio_there():
@@ -152,8 +152,8 @@ class Transcriber:
                         await asyncio.gather(feeding, return_exceptions=True)
             except SessionLost as error:
                 trouble = error
-            if timeline.understood > furthest or self._idle():  # what is understood once more is no progress
-                failures, furthest = 0, max(furthest, timeline.understood)
+            if timeline.transcribed > furthest or self._idle():  # what is transcribed once more is no progress
+                failures, furthest = 0, max(furthest, timeline.transcribed)
             for word in timeline.take():
                 yield word
             if trouble is None:
@@ -176,50 +176,50 @@ class Transcriber:
     async def _step(self, session: Session) -> bool:
         """Book the next delta; return False where a new session should go on. Raises SessionLost."""
         timeline, clock = self.timeline, asyncio.get_running_loop().time
-        settled = timeline.settled
+        committed = timeline.committed
         try:
             async with asyncio.timeout(0.5):
                 delta = await session.receive()
         except TimeoutError:
             delta = None
-            if self._sent - timeline.understood < MAX_DELAY and not self._ended:
+            if self._sent - timeline.transcribed < MAX_DELAY and not self._ended:
                 self._last_delta = clock()  # the server has nothing to work on
             if clock() - self._last_delta > self._stall_after:
                 raise SessionLost(f"no answer for {self._stall_after:g} s") from None
-        if timeline.understood < timeline.settled:
+        if timeline.transcribed < timeline.committed:
             return False  # the audio it is working on was dropped
         if delta is None:
             return True
         self._last_delta = clock()
         if isinstance(delta, Done):
             return self._finish(delta)
-        timeline.understand(delta)
+        timeline.add_delta(delta)
         self.completion_tokens += 1
         self._more.set()
-        return not self._new_session_wanted(delta, settled)
+        return not self._needs_new_session(delta, committed)
 
-    def _new_session_wanted(self, delta: str, settled_before: int) -> bool:
-        """Decide on rollover and on the rut of blanks, and settle what can be."""
+    def _needs_new_session(self, delta: str, committed_before: int) -> bool:
+        """Decide on rollover and on the run of blanks, and commit what can be."""
         timeline = self.timeline
         age = timeline.session_length / RATE
         if age > self._session_limit:
-            timeline.settle_between_words()
+            timeline.commit_between_words()
             return True
-        if self._ended and self._sent >= timeline.heard:
+        if self._ended and self._sent >= timeline.received:
             return False  # a few frames more, and all is done
-        if age > self._rollover_after and timeline.settled > settled_before:
+        if age > self._rollover_after and timeline.committed > committed_before:
             return True
         if age > 4 * self._rollover_after:  # talk without a pause, or music under it
-            timeline.settle_between_words()
+            timeline.commit_between_words()
             return True
-        self._patience = self._rut_after if delta else self._patience
-        unanswered = timeline.unanswered()
-        if unanswered > self._patience or (
-            timeline.wordless() > 3 * self._patience and unanswered > UNANSWERED_SECONDS
+        self._patience = self._blanks_after if delta else self._patience
+        wordless_sound = timeline.wordless_sound()
+        if wordless_sound > self._patience or (
+            timeline.wordless() > 3 * self._patience and wordless_sound > WORDLESS_SECONDS
         ):
-            self._notify("CONNECTING", f"no words in {unanswered:.0f} s of sound: asking a new session")
-            self._patience = min(2 * self._patience, RUT_MAX_SECONDS)
-            timeline.suspect_rut()
+            self._notify("CONNECTING", f"no words in {wordless_sound:.0f} s of sound: asking a new session")
+            self._patience = min(2 * self._patience, BLANKS_MAX_SECONDS)
+            timeline.suspect_blanks()
             return True
         return False
 
@@ -228,22 +228,22 @@ class Transcriber:
         if self.timeline.session_length == 0:
             raise SessionLost("the server ended the session without a word")
         self._prompt = done.prompt_tokens
-        if self._ended and self.timeline.understood >= self.timeline.heard + FLUSH:
+        if self._ended and self.timeline.transcribed >= self.timeline.received + FLUSH:
             self.timeline.finish()
         else:
-            settled = self.timeline.settled
-            self.timeline.settle_between_words()  # the server's limit came first
-            if self.timeline.settled == settled:
-                raise SessionLost("the server ended the session before a word could settle")
+            committed = self.timeline.committed
+            self.timeline.commit_between_words()  # the server's limit came first
+            if self.timeline.committed == committed:
+                raise SessionLost("the server ended the session before any word was final")
         return False
 
     async def _hear(self, chunks: AsyncIterator[bytes]) -> None:
         """Take in the audio, a file no faster than the server understands it."""
         try:
             async for pcm in chunks:
-                while not self._live and self.timeline.heard - self.timeline.understood > 2 * AHEAD:
+                while not self._live and self.timeline.received - self.timeline.transcribed > 2 * AHEAD:
                     await self._wait()
-                self.timeline.hear(pcm)
+                self.timeline.add_audio(pcm)
                 self._more.set()
                 if lost := self.timeline.drop_oldest(self._keep):
                     self.lost.append((lost[0] / RATE, lost[1] / RATE))
@@ -256,13 +256,13 @@ class Transcriber:
     async def _feed(self, session: Session) -> None:
         """Send the audio from `_sent` on, never more than AHEAD before the deltas."""
         try:
-            while self._sent >= self.timeline.settled:  # else that audio was dropped
-                room = self.timeline.understood + AHEAD - self._sent
+            while self._sent >= self.timeline.committed:  # else that audio was dropped
+                room = self.timeline.transcribed + AHEAD - self._sent
                 pcm = self.timeline.audio(self._sent, min(PIECE, room)) if room > 0 else b""
                 if pcm:
                     await session.send(pcm)
                     self._sent += len(pcm) // 2
-                elif self._ended and self._sent >= self.timeline.heard:
+                elif self._ended and self._sent >= self.timeline.received:
                     return await session.finish()
                 else:
                     await self._wait()
@@ -271,14 +271,14 @@ class Transcriber:
 
     async def _audio_there(self) -> bool:
         """Wait for audio to send; return False if there is none to come."""
-        while self.timeline.heard <= self.timeline.settled and not self._ended:
+        while self.timeline.received <= self.timeline.committed and not self._ended:
             await self._wait()
-        return self.timeline.heard > self.timeline.settled
+        return self.timeline.received > self.timeline.committed
 
     def _idle(self) -> bool:
         """Has the session spoken, and has it nothing left to work on because the input pauses?"""
         timeline = self.timeline
-        return not self._ended and timeline.session_length > 0 and timeline.heard - timeline.understood < MAX_DELAY
+        return not self._ended and timeline.session_length > 0 and timeline.received - timeline.transcribed < MAX_DELAY
 
     async def _wait(self) -> None:
         self._more.clear()

@@ -112,7 +112,7 @@ async def evaluate(options: argparse.Namespace) -> int:
 
         async def redraw() -> None:
             while True:
-                screen.show("", f"{len(scored)}/{len(corpus)} recordings, {pool.understood:.0f} s of audio")
+                screen.show("", f"{len(scored)}/{len(corpus)} recordings, {pool.transcribed:.0f} s of audio")
                 await asyncio.sleep(0.5)
 
         drawing = asyncio.create_task(redraw())
@@ -136,7 +136,7 @@ async def evaluate(options: argparse.Namespace) -> int:
                 reference, hypothesis = normalize(item.text), normalize(hypotheses[number])
                 entry = {"name": item.name, "group": item.group} | word_errors.count(reference, hypothesis)
                 files.append(entry | {"reference": reference, "hypothesis": hypothesis})
-        screen.say(f"{pool.heard:.0f} s of audio in {took:.0f} s: {pool.heard / took:.1f} x real time")
+        screen.say(f"{pool.received:.0f} s of audio in {took:.0f} s: {pool.received / took:.1f} x real time")
         if files:
             screen.write(table(files, options.worst))
         if failed:

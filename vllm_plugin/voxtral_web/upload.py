@@ -181,7 +181,7 @@ class Uploads:
         return Response(written(transcript, order), media_type=FORMATS[order.form], headers=headers)
 
     async def _transcribe(self, request: Request, order: Order) -> AsyncIterator[Any]:
-        """Yield the words as they settle, and a Transcript last. Raises Failure."""
+        """Yield the words as they become final, and a Transcript last. Raises Failure."""
         await asyncio.to_thread(order.file.file.rollover)
         path = f"/proc/{os.getpid()}/fd/{order.file.file.fileno()}"
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
