@@ -10,7 +10,6 @@ import hashlib
 import socket
 import struct
 import threading
-import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 REPOSITORY = "someone/voxtral"
@@ -34,10 +33,10 @@ file_download.xet_get = xet_get
 class Hub:
     """Serves `files` (name: bytes). Faults are attributes, to be set at any time.
 
-    `cuts`: bytes after which each of the next downloads of the large file is cut. `hold`: bytes after which it
-    sends nothing more until `released`. `spoil`: it arrives with a wrong byte. `gated`, `private`, `status`:
-    how it refuses. `claims`: size it claims for the large file. `xet`: offers it by Xet, without a server of Xet:
-    the library's download fails, unless the test puts WITHOUT_XET_SERVER in its place.
+    `cuts`: bytes after which each of the next downloads of the large file ends: by a reset at 0, else closed early.
+    `hold`: bytes after which it sends nothing more until `released`. `spoil`: it arrives with a wrong byte. `gated`,
+    `private`, `status`: how it refuses. `claims`: size it claims for the large file. `xet`: offers it by Xet, without
+    a server of Xet: the library's download fails, unless the test puts WITHOUT_XET_SERVER in its place.
     """
 
     def __init__(self, files: dict[str, bytes]):
@@ -144,8 +143,7 @@ class Hub:
         cut = self.cuts.pop(0)
         request.wfile.write(body[:cut])
         self.sent += cut
-        time.sleep(2 if cut else 0)  # a reset throws away what the client has not read yet
-        # The next thing the client sees is a reset, as when a router forgets the connection.
-        request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        request.connection.close()
         request.close_connection = True
+        if not cut:  # a reset, as when a router forgets the connection; it would discard bytes that are not read yet
+            request.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            request.connection.close()

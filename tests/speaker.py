@@ -4,10 +4,10 @@ import asyncio
 import base64
 import contextlib
 import json
-import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterator
 
 import websockets
+from threads import threaded
 from websockets.asyncio.server import serve
 from websockets.datastructures import Headers
 from websockets.http11 import Response
@@ -72,29 +72,18 @@ class Speaker:
                 await socket.send(json.dumps({"type": "transcription.done", "text": "", "usage": usage}))
 
 
-@contextlib.contextmanager
-def speaking(**options) -> Iterator[Speaker]:
-    """Run a Speaker on loopback in a thread; it has its `url`."""
-    speaker, loop = Speaker(**options), asyncio.new_event_loop()
-
-    async def start():
-        server = await serve(speaker.session, "127.0.0.1", 0, process_request=speaker.answer, max_size=None)
-        speaker.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/realtime"
-        return server
-
-    server = loop.run_until_complete(start())
-    thread = threading.Thread(target=loop.run_forever)
-    thread.start()
+@contextlib.asynccontextmanager
+async def serving(speaker: Speaker) -> AsyncIterator[Speaker]:
+    server = await serve(speaker.session, "127.0.0.1", 0, process_request=speaker.answer, max_size=None)
+    speaker.url = f"ws://127.0.0.1:{server.sockets[0].getsockname()[1]}/v1/realtime"
     try:
         yield speaker
     finally:
+        server.close(close_connections=True)
+        with contextlib.suppress(websockets.ConnectionClosed):
+            await server.wait_closed()
 
-        async def stop():
-            server.close(close_connections=True)
-            with contextlib.suppress(websockets.ConnectionClosed):
-                await server.wait_closed()
 
-        asyncio.run_coroutine_threadsafe(stop(), loop).result(20)
-        loop.call_soon_threadsafe(loop.stop)
-        thread.join()
-        loop.close()
+def speaking(**options) -> contextlib.AbstractContextManager[Speaker]:
+    """Run a Speaker on loopback in a thread; it has its `url`."""
+    return threaded(serving(Speaker(**options)))

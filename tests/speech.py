@@ -64,3 +64,15 @@ def write(path: Path, samples: np.ndarray, rate: int = RATE) -> Path:
     noise = np.random.default_rng(0).normal(0, 1e-4, samples.shape)
     soundfile.write(path, samples + noise, rate)
     return path
+
+
+def sparse_silence(path: Path, seconds: int) -> Path:
+    """Write a WAV file of silence that takes no space on the disk."""
+    soundfile.write(path, np.zeros(RATE // 2, np.int16), RATE)
+    header = bytearray(path.read_bytes()[:44])
+    header[4:8] = (36 + 2 * RATE * seconds).to_bytes(4, "little")
+    header[40:44] = (2 * RATE * seconds).to_bytes(4, "little")
+    with path.open("wb") as file:
+        file.write(header)
+        file.truncate(44 + 2 * RATE * seconds)
+    return path

@@ -8,6 +8,7 @@ import pytest
 import soundfile
 import soxr
 from conftest import ROOT
+from speech import sparse_silence
 
 from voxtral_client.audio import AudioError, Resampler, to_pcm16
 from voxtral_client.media import AudioFile
@@ -78,14 +79,7 @@ def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path):
     )
     peaks = []
     for name, seconds in (("short.wav", 60), ("long.wav", 3600)):
-        path = tmp_path / name
-        soundfile.write(path, np.zeros(8000, np.int16), 16000)
-        header = bytearray(path.read_bytes()[:44])
-        header[4:8] = (36 + seconds * 32000).to_bytes(4, "little")
-        header[40:44] = (seconds * 32000).to_bytes(4, "little")
-        with path.open("wb") as file:
-            file.write(header)
-            file.truncate(44 + seconds * 32000)
+        path = sparse_silence(tmp_path / name, seconds)
         output = subprocess.run([sys.executable, "-c", script, ROOT, path], capture_output=True, text=True, check=True)
         size, peak = map(int, output.stdout.split())
         assert size == seconds * 32000

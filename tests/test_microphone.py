@@ -1,6 +1,5 @@
 """stream_microphone.py as a user runs it, hearing speech that PulseAudio plays into a room without walls."""
 
-import asyncio
 import contextlib
 import json
 import re
@@ -8,7 +7,6 @@ import resource
 import signal
 import subprocess
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -21,6 +19,7 @@ from proxy import Proxy
 from pulse import Pulse, pulseaudio, until
 from scripted import Ear, Scripted, scripted, tones
 from speech import talk, write
+from threads import threaded
 
 
 @pytest.fixture(scope="module")
@@ -59,29 +58,6 @@ def captioning(pulse: Pulse, *arguments: object, listens=None, **options: object
     finally:
         captioner.process.kill()
         captioner.end()
-
-
-@contextlib.contextmanager
-def proxy_to(server):
-    """A proxy in a thread of its own."""
-    loop, ready, over = asyncio.new_event_loop(), threading.Event(), asyncio.Event()
-    proxies = []
-
-    async def serve() -> None:
-        async with Proxy(server.port) as proxy:
-            proxies.append(proxy)
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    ready.wait()
-    try:
-        yield proxies[0]
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join()
-        loop.close()
 
 
 def subtitles(path: Path) -> tuple[list[str], list[float]]:
@@ -227,7 +203,7 @@ def test_what_a_person_sees_after_a_resume(server, pulse, speech):
     """On a narrow terminal: the connection breaks in mid-speech and stays away for some seconds."""
     (path, first), (other, second) = speech
     with (
-        proxy_to(server) as proxy,
+        threaded(Proxy(server.port)) as proxy,
         captioning(pulse, "--url", proxy.url, "--device", "mic", terminal=True) as captioner,
     ):
         until(lambda: re.search(r"listening +━+ +-\d+ dB  0:00:\d\d  lag \d\.\d s  mic", captioner.seen()))
@@ -284,7 +260,7 @@ def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
     """The final words are there, and the file is whole."""
     path, spoken = speech[0]
     with (
-        proxy_to(server) as proxy,
+        threaded(Proxy(server.port)) as proxy,
         captioning(pulse, "--url", proxy.url, "--device", "mic", "--output", tmp_path / "a.vtt") as captioner,
     ):
         pulse.play(path).wait()

@@ -15,7 +15,7 @@ import soundfile
 import srt
 import webvtt
 from conftest import CHECKPOINT, ROOT, run_script
-from speech import talk, write
+from speech import sparse_silence, talk, write
 
 from voxtral_client.outputs import writer_for
 from voxtral_client.subtitles import LIMITS, LONGEST, SHORTEST
@@ -231,14 +231,8 @@ def test_killed_in_the_middle_the_subtitles_are_valid(server, tmp_path):
 
 def test_ten_hours_start_at_once_in_little_memory(server, tmp_path):
     """Ten hours of sparse silence: understood from the first second on, in less than 150 MB."""
-    path, seconds = tmp_path / "long.wav", 36000
-    soundfile.write(path, np.zeros(16000, np.int16), 16000)
-    header = bytearray(path.read_bytes()[:44])
-    header[4:8] = (36 + seconds * 32000).to_bytes(4, "little")
-    header[40:44] = (seconds * 32000).to_bytes(4, "little")
-    with path.open("wb") as file:
-        file.write(header)
-        file.truncate(44 + seconds * 32000)
+    seconds = 36000
+    path = sparse_silence(tmp_path / "long.wav", seconds)
     command = [sys.executable, ROOT / "test_file_transcribe.py", path, "--url", server.url, "-o", tmp_path / "x.json"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
     while not (tmp_path / "x.json").exists():  # opened when the first session is at work

@@ -166,16 +166,24 @@ def test_trouble_with_one_file_is_a_line_and_the_others_go_on(speaker, tmp_path)
         assert not path.with_name(path.name + ".unfinished").exists()
 
 
+@pytest.fixture(scope="module")
+def complete(speaker, tmp_path_factory):
+    """A recording of two minutes, and the folder with its transcripts in all formats."""
+    folder = tmp_path_factory.mktemp("complete")
+    path = silence(folder / "a.wav", 120)
+    assert transcribe(speaker, path, "-f", "all", "-o", f"{folder}/").returncode == 0
+    return path, folder
+
+
 @pytest.mark.parametrize("form", ["srt", "json", "jsonl", "vtt", "txt"])
-def test_a_full_disk_leaves_what_was_written_before(speaker, tmp_path, form):
-    """The limit on a file's size is the disk: the file ends where it was last whole, marked, and one line says why."""
-    path, whole = silence(tmp_path / "a.wav", 120), tmp_path / "whole"
+def test_a_full_disk_leaves_what_was_written_before(speaker, complete, tmp_path, form):
+    """The limit on a file's size is the disk: the file ends where it was last valid, marked, and one line says why."""
+    path, folder = complete
 
     def limit() -> None:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(resource.RLIMIT_FSIZE, (800, 800))
 
-    transcribe(speaker, path, "-f", form, "-o", f"{whole}/")
     result = transcribe(speaker, path, "-f", form, "-o", f"{tmp_path}/out/", preexec_fn=limit)
     assert result.returncode == 1
     assert f"error: {tmp_path}/out/a.{form}: cannot be written (File too large)" in result.stderr
@@ -187,7 +195,7 @@ def test_a_full_disk_leaves_what_was_written_before(speaker, tmp_path, form):
     elif form == "jsonl":
         assert all(json.loads(line)["text"] for line in kept.splitlines())
     else:
-        assert (whole / f"a.{form}").read_text().startswith(kept.rsplit("\n\n", 2)[0])
+        assert (folder / f"a.{form}").read_text().startswith(kept.rsplit("\n\n", 2)[0])
 
 
 def test_a_full_disk_behind_standard_output(speaker):
