@@ -1,9 +1,7 @@
 #!/usr/bin/env python3
 """The work is in voxtral_client/files.py."""
 
-import sys
-
 from voxtral_client.files import main
 
 if __name__ == "__main__":
-    sys.exit(main())
+    raise SystemExit(main())

@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from voxtral_client.audio import stream  # noqa: E402
-from voxtral_client.cli import add_server_options, run, seconds, server_from  # noqa: E402
+from voxtral_client.cli import add_server_options, positive, run, server_from  # noqa: E402
 from voxtral_client.media import AudioFile  # noqa: E402
 from voxtral_client.protocol import FRAME, RATE  # noqa: E402
 from voxtral_client.transcriber import Transcriber  # noqa: E402
@@ -65,7 +65,7 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", default=ROOT / "tests" / "tiny_checkpoint" / "sample.wav", metavar="FILE")
-    parser.add_argument("--rollover-after", type=seconds, metavar="SECONDS", help="default: as the clients")
+    parser.add_argument("--rollover-after", type=positive, metavar="SECONDS", help="default: as the clients")
     parser.add_argument("--text", type=Path, metavar="FILE", help="keep the transcript, to see that it is right")
     add_server_options(parser)
     return run(measure(parser.parse_args(argv)))

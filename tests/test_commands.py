@@ -43,7 +43,7 @@ def test_nonsense_for_a_subtitle(option):
     result = run_script("test_file_transcribe.py", SAMPLE, option, 0)
     assert (result.returncode, result.stderr.splitlines()[-1].partition("error: ")[2]) == (
         2,
-        "--max_line_width must be 1 or more",
+        "argument --max_line_width: must be 1 or more, not 0",
     )
 
 

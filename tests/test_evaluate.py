@@ -171,6 +171,19 @@ def test_runs_that_cannot_be_compared(tmp_path, capsys):
         assert line.count("\n") == 1
 
 
+@pytest.mark.parametrize("installed", ["in a clone", "by pip"])
+def test_missing_packages_are_named_with_the_command(tmp_path, monkeypatch, capsys, installed):
+    """Whoever installed with pip has no requirements-evaluate.txt."""
+    monkeypatch.setattr(word_errors, "jiwer", None)
+    if installed == "by pip":
+        monkeypatch.setattr(evaluate, "REQUIREMENTS", tmp_path / "requirements-evaluate.txt")
+    assert evaluate.main([str(tmp_path)]) == 1
+    line = capsys.readouterr().err
+    assert line.startswith("error: jiwer and whisper-normalizer are missing: pip install ")
+    needed = "'voxtral-at-home[evaluate]'" if installed == "by pip" else f"-r {ROOT}/requirements-evaluate.txt"
+    assert line.endswith(f" {needed}\n")
+
+
 def test_end_to_end(server, tmp_path):
     """Four recordings; one text claims two words more, and one a wrong word: just that is counted."""
     rows, words = ["audio,text,speaker"], 0
@@ -275,7 +288,7 @@ def test_recordings_that_find_no_slot_lose_nothing(tmp_path):
     [
         ([], "give a folder or manifest"),
         (["a", "--compare", "b", "c"], "give a folder or manifest"),
-        (["--compare", "b", "c", "--json", "d"], "--compare takes two kept runs"),
+        (["--compare", "b", "c", "--json", "d"], "--compare takes two saved runs"),
         (["a", "--parallel", "0"], "1 or more"),
         (["a", "--normalize", "french"], "invalid choice"),
     ],

@@ -256,6 +256,26 @@ def test_server_killed_and_restarted(pulse, tmp_path):
             assert (tmp_path / "a.txt").read_text().split() == spoken
 
 
+def test_captions_that_lack_audio_are_not_complete(pulse, tmp_path):
+    """The server stays away for longer than audio is kept (here 1 s): the user is told, the file too."""
+    keep = f"import sys\nsys.path.insert(0, {str(ROOT)!r})\nfrom voxtral_client import transcriber\n"
+    (tmp_path / "sitecustomize.py").write_text(keep + "transcriber.KEEP_SECONDS = 1.0\n")
+    options = {"environment": {"PYTHONPATH": str(tmp_path)}}
+    with contextlib.ExitStack() as life:
+        server = life.enter_context(scripted())
+        arguments = "--url", server.url, "--device", "mic", "--output", tmp_path / "a.json"
+        with captioning(pulse, *arguments, **options) as captioner:
+            until(lambda: server.sessions)
+            life.close()
+            captioner.said("from now on the oldest audio is lost")
+            life.enter_context(scripted(port=server.port))
+            captioner.said("connected again; lost: audio from 0:00:0")
+            captioner.interrupt()
+            assert captioner.end() == 0
+            assert captioner.stderr.count("oldest audio is lost") == 1
+    assert json.loads((tmp_path / "a.json").read_text()) == {"words": [], "complete": False}
+
+
 def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
     """The final words are there, and the file is whole."""
     path, spoken = speech[0]

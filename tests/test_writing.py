@@ -27,7 +27,6 @@ from voxtral_client.pool import HELD, Pool, cut, limits
 from voxtral_client.protocol import RATE
 from voxtral_client.recording import Recording
 from voxtral_client.session import Server
-from voxtral_client.transcriber import Transcriber
 
 SAMPLE = CHECKPOINT / "sample.wav"
 SCRIPT = ROOT / "test_file_transcribe.py"
@@ -226,7 +225,7 @@ def test_audio_is_not_overwritten_by_its_transcript(speaker, tmp_path):
     shutil.copy(SAMPLE, path)
     result = transcribe(speaker, path, "-f", "txt")
     assert result.returncode == 1
-    assert "is audio itself" in result.stderr
+    assert "is an audio file" in result.stderr
     assert path.read_bytes() == SAMPLE.read_bytes()
 
 
@@ -258,7 +257,7 @@ class Faulty:
 
 def test_a_fault_in_a_worker_is_told_and_ends_the_file(speaker):
     async def run() -> list:
-        pool = Pool(lambda impatient: Transcriber(Server(speaker.url), impatient=impatient), 3, asyncio.Event())
+        pool = Pool(Server(speaker.url), 3, asyncio.Event())
         pieces = (piece for number in range(2) for piece in cut(number, Faulty(), lambda: 3))
         async with asyncio.timeout(20):
             return [item async for _, item in pool.run(pieces) if isinstance(item, Exception)]
@@ -277,7 +276,7 @@ def test_all_sessions_have_work_to_the_end(tmp_path):
     assert len(pieces) >= 40
     for piece in pieces[1:]:
         assert not any(start <= piece.offset / RATE <= end for _, start, end in words)
-    assert b"".join(block for piece in pieces for block in piece.blocks) == b"".join(AudioFile(path).blocks())
+    assert b"".join(block for piece in pieces for block in piece.blocks()) == b"".join(AudioFile(path).blocks())
     with speaking() as speaker:
         transcribe(speaker, path)
         assert speaker.sessions >= 40

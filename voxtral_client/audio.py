@@ -1,4 +1,4 @@
-"""Audio as the realtime endpoint wants it: 16 kHz mono PCM16 in small chunks."""
+"""Audio in the form of the realtime endpoint: 16 kHz mono PCM16 in small chunks."""
 
 import asyncio
 import threading
@@ -13,7 +13,7 @@ from . import UserError
 from .protocol import RATE
 
 CHUNK_SECONDS = 0.1
-CANCELLED = 0.05  # of the channels' power is left: one is the other upside down (unlike channels leave half)
+CANCELLED = 0.05  # share of the channels' power left in the mix if one is the other inverted (unrelated ones: half)
 
 Item = TypeVar("Item")
 
@@ -32,7 +32,7 @@ def to_pcm16(samples: np.ndarray) -> bytes:
 
 
 def mixed(block: np.ndarray) -> np.ndarray:
-    """Mix float32 samples of shape (n, channels) to one channel; where the channels cancel, take the loudest alone."""
+    """Mix float32 samples of shape (n, channels) to shape (n,); where the channels cancel, take the loudest one."""
     mono = block.mean(axis=1, dtype=np.float32)
     if block.shape[1] > 1 and len(block):
         powers = np.square(block).mean(axis=0)
@@ -42,14 +42,13 @@ def mixed(block: np.ndarray) -> np.ndarray:
 
 
 class Resampler:
-    """Blocks of any rate and channel count in, PCM16 at 16 kHz mono out, without seams.
+    """Converts blocks of any channel count at `rate` samples a second to PCM16 at 16 kHz mono, without seams.
 
-    One soxr stream runs over all blocks, so block borders are inaudible and the output has
-    round(n * 16000 / rate) samples for n input samples once `last` has been passed.
+    One soxr stream runs over all blocks, so block borders are inaudible. With the `last` block the output has
+    round(n * 16000 / rate) samples for n input samples.
     """
 
     def __init__(self, rate: int):
-        """`rate`: samples a second of the blocks to come."""
         self._stream = None if rate == RATE else soxr.ResampleStream(rate, RATE, 1, dtype="float32")
 
     def __call__(self, block: np.ndarray, last: bool = False) -> bytes:
@@ -61,27 +60,25 @@ class Resampler:
 
 
 async def threaded(items: Iterator[Item], ahead: int = 1) -> AsyncIterator[Item]:
-    """Yield `items`, which a thread reads, `ahead` at most beyond those taken. Their exceptions come through.
+    """Yield `items`, which a thread reads, at most `ahead` before they are needed. Raises what `items` raises.
 
-    The thread is a daemon: where it waits for a pipe, it holds nobody up.
+    The thread is a daemon: while it waits for a pipe, the process can end.
     """
     loop, room, closed = asyncio.get_running_loop(), threading.Semaphore(ahead), False
     queue: asyncio.Queue[tuple[Item | None, BaseException | None]] = asyncio.Queue()
 
-    def post(item: Item | None, error: BaseException | None = None) -> None:
-        with suppress(RuntimeError):  # the loop is closed
-            loop.call_soon_threadsafe(queue.put_nowait, (item, error))
-
     def read() -> None:
-        try:
-            for item in items:
-                post(item)
-                room.acquire()
-                if closed:
-                    return
-            post(None, StopAsyncIteration())
-        except BaseException as error:
-            post(None, error)
+        with suppress(RuntimeError):  # the loop is closed
+            try:
+                for item in items:
+                    loop.call_soon_threadsafe(queue.put_nowait, (item, None))
+                    room.acquire()
+                    if closed:
+                        return
+                end = StopAsyncIteration()
+            except BaseException as error:
+                end = error
+            loop.call_soon_threadsafe(queue.put_nowait, (None, end))
 
     threading.Thread(target=read, daemon=True).start()
     try:
@@ -104,10 +101,10 @@ async def stream(
     stop: asyncio.Event | None = None,
     ended: asyncio.Event | None = None,
 ) -> AsyncIterator[bytes]:
-    """Turn PCM16 blocks into an async stream that ends early when `stop` is set; `ended` is set at their own end.
+    """Yield PCM16 blocks until their end, then set `ended`; end early when `stop` is set. Raises what `blocks` raises.
 
-    With `realtime` no block comes sooner than it would have been spoken. Blocks are read in a
-    thread: they may come from a pipe.
+    `realtime`: no block comes before a microphone would have recorded it. Blocks are read in a thread: they may come
+    from a pipe.
     """
     clock, sent, stop = asyncio.get_running_loop().time, 0.0, stop or asyncio.Event()
     start, stopped = clock(), asyncio.create_task(stop.wait())

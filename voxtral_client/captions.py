@@ -10,44 +10,36 @@ from pathlib import Path
 from rich.text import Text
 
 from . import UserError
-from .cli import Interrupts, Parser, add_cue_options, add_server_options, run, seconds, server_from
+from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, limits_from, positive, run, server_from
 from .microphone import Microphone, choose, devices, silence_libraries
 from .outputs import writer_for
 from .protocol import RATE
 from .recording import Recording
 from .screen import Screen
-from .subtitles import FORMATS
+from .subtitles import FORMATS, Writer
 from .timeline import Word
 from .transcriber import Transcriber
 
-PATIENCE_SECONDS = 3600.0  # a talk goes on while the server is away
-PARAGRAPH_SECONDS = 2.0  # a pause that begins a new line
+GIVE_UP_SECONDS = 3600.0  # a talk continues while the server is away
+PARAGRAPH_SECONDS = 2.0  # a longer pause begins a new line
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options; exits with 2 where they make no sense."""
+    """Return the options; exits with 2 for wrong usage."""
     parser = Parser(__doc__)
     parser.add_argument("-l", "--list-devices", action="store_true", help="show the input devices and exit")
     parser.add_argument("-d", "--device", metavar="NUMBER|NAME", help="number or part of the name (default: system's)")
-    parser.add_argument("--channels", type=int, metavar="N", help="channels to record and mix down (default: 1)")
-    parser.add_argument(
-        "-o",
-        "--output",
-        metavar="FILE",
-        help="captions in a new file, written live; its ending says the format",
-    )
+    parser.add_argument("--channels", type=count, metavar="N", help="channels to record and mix down (default: 1)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="new file for captions; its ending gives the format")
     parser.add_argument(
         "-f", "--format", choices=FORMATS, help="format of stdout (default: plain text), or of --output's file"
     )
-    parser.add_argument("--record", metavar="FILE", help="keep what is heard in a new file: .wav or .flac")
-    parser.add_argument("--max-duration", type=seconds, metavar="SECONDS", help="stop after so long")
+    parser.add_argument("--record", metavar="FILE", help="record the audio into a new file: .wav or .flac")
+    parser.add_argument("--max-duration", type=positive, metavar="SECONDS", help="stop after this time")
     parser.add_argument("--quiet", action="store_true", help="no status line")
     add_cue_options(parser)
-    add_server_options(parser)
-    parser.set_defaults(give_up_after=PATIENCE_SECONDS)
+    add_server_options(parser, GIVE_UP_SECONDS)
     options = parser.parse_args(argv)
-    if options.channels is not None and options.channels < 1:
-        parser.error(f"--channels {options.channels}: must be at least 1")
     if options.output == "-":
         options.output, options.format = None, options.format or "txt"
     for path, endings in ((None if options.format else options.output, FORMATS), (options.record, ("wav", "flac"))):
@@ -62,75 +54,74 @@ def hms(duration: float) -> str:
 
 
 class Captions:
-    """One run: from the microphone through the server to the screen and the files."""
+    """One run: from the microphone through the server to the screen and the files.
+
+    Raises AudioError where there is no such device, Refused where the options name no server.
+    """
 
     def __init__(self, options: argparse.Namespace, screen: Screen):
         self.options, self.screen, self.files = options, screen, []
-        self.complete = False  # it ended by Ctrl+C or --max-duration, the last words came, and no audio was lost
-        self.missing = False  # audio was lost
-        self.plain = not options.format or bool(options.output)  # stdout gets plain text
+        self.complete = False  # Ctrl+C or --max-duration ended it, the last words came, and no audio is missing
+        self.plain = not options.format or bool(options.output)  # stdout receives plain text
         server = server_from(options)
         self.microphone = Microphone(options.device, options.channels, screen.say)
         settings = {"model": options.model, "give_up_after": options.give_up_after, "notify": self.notify}
         self.transcriber = Transcriber(server, live=True, **settings)
-        self.state, self.losing, self.last_end, self.fresh = "CONNECTING", False, 0.0, True
+        self.state, self.reported, self.started = "CONNECTING", 0, time.monotonic()
+        self.last_end, self.fresh = 0.0, True  # end of the last word in seconds; a new line has begun
 
     def notify(self, state: str, message: str) -> None:
-        """Say what changed, once."""
-        lost = self.transcriber.lost
-        if state == "LOST":
-            if not self.losing:
+        """Report a change of state to the user, once."""
+        missing = self.transcriber.missing[self.reported :]
+        if state == "AUDIO_LOST":
+            if len(missing) == 1:
                 self.screen.say("the server has been away for too long: from now on the oldest audio is lost")
-            self.losing = self.missing = True
             return
         if message and (state == "CONNECTING" or self.state != "WAITING"):
             self.screen.say(message)
         elif state == "LISTENING" and self.state == "WAITING":
-            missing = f"; lost: audio from {hms(lost[0][0])} to {hms(lost[-1][1])}" if lost else ""
-            self.screen.say(f"connected again{missing}")
-            self.losing = False
-            lost.clear()
+            lost = f"; lost: audio from {hms(missing[0][0])} to {hms(missing[-1][1])}" if missing else ""
+            self.screen.say(f"connected again{lost}")
+            self.reported += len(missing)
         self.state = state
 
-    def status(self, elapsed: float) -> Text:
-        """Return the status line: state, level from -60 dB to 0, elapsed time, lag, device."""
-        microphone = self.microphone
+    def live(self) -> tuple[str, Text]:
+        """Return the partial text and the status line: state, level from -60 dB to 0, elapsed time, lag, device."""
+        partial = "".join(word.text for word in self.transcriber.timeline.partial)
+        microphone, elapsed = self.microphone, time.monotonic() - self.started
         state = self.state if microphone.connected else "NO DEVICE"
         color = {"LISTENING": "green", "CONNECTING": "yellow"}.get(state, "red")
         filled = max(0, min(12, round((microphone.level + 60) / 5)))
         meter = ("━" * filled, "green" if microphone.level < -3 else "red"), ("━" * (12 - filled), "bright_black")
         line = Text.assemble((f"● {state.lower():10}", color), *meter, f" {microphone.level:4.0f} dB  ", no_wrap=True)
-        return line.append(f"{hms(elapsed)}  lag {self.transcriber.lag:.1f} s  {microphone.device.name}", "dim")
+        line.append(f"{hms(elapsed)}  lag {self.transcriber.lag:.1f} s  {microphone.device.name}", "dim")
+        return partial.lstrip() if self.fresh else partial, line
 
-    async def redraw(self) -> None:
-        """Keep the partial words and the status line up to date."""
-        started = time.monotonic()
-        while True:
-            partial = "".join(word.text for word in self.transcriber.timeline.partial)
-            self.screen.show(partial.lstrip() if self.fresh else partial, self.status(time.monotonic() - started))
-            await asyncio.sleep(0.2)
+    def store(self, file: Recording | Writer | None, item: bytes | Word | None = None) -> None:
+        """Write to an output file, or close it; after an error the captions continue without that file.
 
-    def store(self, file: object, item: object = None) -> None:
-        """Write to a file that was asked for, or close it; where that fails, the captions go on without it."""
+        Raises OSError for standard output.
+        """
+        if file not in self.files:
+            return
         try:
-            if file in self.files:
-                if item is not None:
-                    file.write(item)
-                elif file is self.writer:
-                    file.close(complete=self.complete)
-                else:
-                    file.close()
+            if item is not None:
+                file.write(item)
+            elif file is self.writer:
+                file.close(complete=self.complete)
+            else:
+                file.close()
         except OSError as error:
             if file is self.writer and not self.options.output:
-                raise  # standard output
+                raise
             self.files.remove(file)
-            name = self.options.record if isinstance(file, Recording) else self.options.output
-            self.screen.say(f"{name}: {error.strerror or error}; going on without it")
+            name = self.options.record if file is self.recording else self.options.output
+            self.screen.say(f"{name}: {error.strerror or error}; continuing without it")
             with suppress(OSError):
                 file.close()
 
     def write(self, word: Word) -> None:
-        """Print a final word, after a pause on a new line."""
+        """Print a final word; after a pause on a new line."""
         self.store(self.writer, word)
         if not self.plain:
             return
@@ -141,18 +132,18 @@ class Captions:
         self.fresh, self.last_end = False, word.end
 
     async def audio(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
-        """Yield what the microphone hears, and record it."""
+        """Yield the microphone's audio (PCM16 bytes, 16 kHz mono), and record it."""
         async with aclosing(self.microphone.chunks(stop)) as chunks:
             async for pcm in chunks:
                 self.store(self.recording, pcm)
                 yield pcm
 
     def open_files(self) -> None:
-        """Open the files that were asked for. Raises UserError or OSError; then none is left behind."""
+        """Open the output files. Raises UserError or OSError; then none is left behind."""
+        path, limits = self.options.output or (None if self.plain else "-"), limits_from(self.options)
         self.recording = Recording(self.options.record) if self.options.record else None
         try:
-            place = self.options.output or (None if self.plain else "-")
-            self.writer = writer_for(place, self.options.format, new=True) if place else None
+            self.writer = writer_for(path, self.options.format, new=True, limits=limits) if path else None
         except (UserError, OSError):
             if self.recording:
                 self.recording.close()
@@ -166,29 +157,28 @@ class Captions:
         interrupts = Interrupts(self.screen.say)
         if self.options.max_duration:
             asyncio.get_running_loop().call_later(self.options.max_duration, interrupts.stop.set)
-        drawing = asyncio.create_task(self.redraw())
-        timeline = self.transcriber.timeline
-        try:
-            async with aclosing(self.transcriber.words(self.audio(interrupts.stop))) as words:
-                async for word in words:
+        timeline, microphone, self.started = self.transcriber.timeline, self.microphone, time.monotonic()
+        async with self.screen.redrawn(self.live):
+            try:
+                async with aclosing(self.transcriber.words(self.audio(interrupts.stop))) as words:
+                    async for word in words:
+                        self.write(word)
+                self.complete = not (self.transcriber.missing or microphone.dropped)
+            finally:
+                for word in timeline.partial:  # no session will replace it any more
                     self.write(word)
-            self.complete = not (self.missing or self.microphone.dropped)
-        finally:
-            drawing.cancel()
-            for word in timeline.partial:  # no session will replace it any more
-                self.write(word)
-            self.screen.write("" if self.fresh else "\n")
-            for file in list(self.files):
-                self.store(file)
-            if self.options.output and not timeline.heard:
-                Path(self.options.output).unlink(missing_ok=True)  # it would only be in the way
-        dropped = f", {self.microphone.dropped} blocks of audio lost" if self.microphone.dropped else ""
-        self.screen.say(f"{hms(timeline.heard / RATE)} heard, {self.transcriber.sessions} sessions{dropped}")
+                self.screen.write("" if self.fresh else "\n")
+                for file in list(self.files):
+                    self.store(file)
+                if self.options.output and not timeline.received:
+                    Path(self.options.output).unlink(missing_ok=True)  # an empty file would prevent the next run
+        dropped = f", {microphone.dropped} blocks of audio lost" if microphone.dropped else ""
+        self.screen.say(f"{hms(timeline.received / RATE)} heard, {self.transcriber.sessions} sessions{dropped}")
         return 0
 
 
 async def caption(options: argparse.Namespace) -> int:
-    """Do what the options say and return the exit code."""
+    """List the devices or caption, and return the exit code."""
     if options.list_devices:
         found = devices()
         for device in found:

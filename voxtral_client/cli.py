@@ -1,4 +1,4 @@
-"""What the scripts' command lines share: where the server is, exit codes, Ctrl+C."""
+"""Shared by the scripts' command lines: the address of the server, exit codes, Ctrl+C."""
 
 import argparse
 import asyncio
@@ -16,22 +16,29 @@ from typing import Any
 from . import UserError, __version__
 from .protocol import DEFAULT_URL
 from .session import Refused, Server, SessionLost
-from .subtitles import LIMITS
+from .subtitles import Limits
 from .transcriber import GIVE_UP_SECONDS, GaveUp
 
 GRACE_SECONDS = 0.5  # for the last words after SIGTERM
+DEFAULT = " (default: %(default)s)"
 
 
-def seconds(text: str) -> float:
-    """Parse a positive number of seconds."""
-    value = float(text)
-    if not value > 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0 seconds")
-    return value
+def positive(text: str) -> float:
+    """Parse a positive number. Raises ArgumentTypeError or ValueError."""
+    if not float(text) > 0:
+        raise argparse.ArgumentTypeError(f"must be more than 0, not {text}")
+    return float(text)
+
+
+def count(text: str) -> int:
+    """Parse an integer of 1 or more. Raises ArgumentTypeError or ValueError."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
+    return int(text)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that knows --version, and takes each long option with - or _ between its words."""
+    """A parser with --version that accepts each long option with - or _ between its words."""
 
     def __init__(self, description: str):
         super().__init__(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -48,49 +55,44 @@ class Parser(argparse.ArgumentParser):
 
 
 def add_cue_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that limit the size of a subtitle; they hold for the whole process."""
-
-    class Limit(argparse.Action):
-        def __call__(self, parser: Any, namespace: Any, value: int, option: str | None = None) -> None:
-            if value < 1:
-                parser.error(f"{option} must be 1 or more")
-            setattr(LIMITS, self.dest, value)
-
-    most = {"action": Limit, "type": int, "metavar": "N"}
+    """Add the options that limit the size of a subtitle."""
+    cue = {"type": count, "metavar": "N"}
     parser.add_argument(
-        "--max_line_width",
-        dest="columns",
-        help=f"characters in a line of a subtitle (default: {LIMITS.columns})",
-        **most,
+        "--max_line_width", default=Limits.columns, help=f"characters in a line of a subtitle{DEFAULT}", **cue
     )
-    parser.add_argument("--max_line_count", dest="lines", help=f"lines of a subtitle (default: {LIMITS.lines})", **most)
+    parser.add_argument("--max_line_count", default=Limits.lines, help=f"lines of a subtitle{DEFAULT}", **cue)
 
 
-def add_server_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that say where the server is and how to get in."""
+def limits_from(options: argparse.Namespace) -> Limits:
+    """Return the largest size of a subtitle that the options allow."""
+    return Limits(options.max_line_count, options.max_line_width)
+
+
+def add_server_options(parser: argparse.ArgumentParser, give_up_after: float = GIVE_UP_SECONDS) -> None:
+    """Add the options for the server's address and key, and for when to give up (default: `give_up_after` seconds)."""
     group = parser.add_argument_group("server")
-    group.add_argument("--url", default=DEFAULT_URL, help="address of the server (default: %(default)s)")
+    group.add_argument("--url", default=DEFAULT_URL, help=f"address of the server{DEFAULT}")
     group.add_argument("--model", help="name of the model (default: the one that the server serves)")
     group.add_argument("--api-key", help="key of the server (default: the variable VLLM_API_KEY)")
     group.add_argument("--cafile", metavar="FILE", help="certificate to trust for wss://")
     group.add_argument("--insecure", action="store_true", help="trust any certificate")
     group.add_argument(
         "--give-up-after",
-        type=seconds,
-        default=GIVE_UP_SECONDS,
+        type=positive,
+        default=give_up_after,
         metavar="SECONDS",
-        help="stop after so long without anything new transcribed (default: %(default).0f)",
+        help="stop after this time without progress (default: %(default).0f)",
     )
 
 
 def server_from(options: argparse.Namespace) -> Server:
-    """Return the server that the options name. Raises Refused."""
+    """Return the server that the options name. Raises Refused for a bad address or certificate."""
     tls = None
     if options.cafile or options.insecure:
         try:
             tls = ssl.create_default_context(cafile=options.cafile)
         except (OSError, ssl.SSLError):
-            raise Refused(f"--cafile {options.cafile}: no certificate to be read there") from None
+            raise Refused(f"--cafile {options.cafile}: cannot read a certificate from it") from None
         if options.insecure:
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
     server = Server(options.url, options.api_key or os.environ.get("VLLM_API_KEY"), tls)
@@ -100,15 +102,14 @@ def server_from(options: argparse.Namespace) -> Server:
 
 
 class Interrupts:
-    """Ctrl+C: the first sets `stop`, to end the audio, so that the last words still arrive; the second stops.
+    """Ctrl+C: the first sets `stop`, which ends the audio, so that the last words arrive; the second stops the task.
 
-    SIGTERM is the first, and soon afterwards the second.
+    SIGTERM acts like the first, and GRACE_SECONDS later like the second.
     """
 
     def __init__(self, say: Callable[[str], None]):
         self.stop = asyncio.Event()
-        task = asyncio.current_task()
-        loop = asyncio.get_running_loop()
+        task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
         def interrupt(*_: object) -> None:
             if self.stop.is_set():
@@ -126,7 +127,7 @@ class Interrupts:
 
 
 async def _ended(main: Awaitable[int]) -> int:
-    """Wait for a script's coroutine. When it was stopped, end the process, whatever its threads still wait for."""
+    """Wait for a script's coroutine. When it was stopped, end the process: its threads may wait for a pipe forever."""
     try:
         return await main
     except asyncio.CancelledError:
@@ -137,8 +138,8 @@ async def _ended(main: Awaitable[int]) -> int:
 
 
 def run(main: Awaitable[int]) -> int:
-    """Run a script's coroutine; turn what users run into one line on stderr and an exit code."""
-    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it was closed: `>&-`
+    """Run a script's coroutine; return its exit code, for a fault 1 after one line on stderr, for Ctrl+C 130."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - None if the shell closed it: `>&-`
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread():
@@ -150,7 +151,7 @@ def run(main: Awaitable[int]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has seen enough
+    except BrokenPipeError:  # `| head` has ended
         _give_up_stdout()
     except OSError as error:
         print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
@@ -161,15 +162,15 @@ def run(main: Awaitable[int]) -> int:
 
 
 def _give_up_stdout() -> None:
-    """Let nothing more be written there: Python would try it again at the end, and complain."""
+    """Write nothing more to it: Python would try again at its exit, and print the error."""
     with contextlib.suppress(OSError, ValueError):
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fault(error: BaseException) -> str:
-    """Return the line that tells a fault of ours, not of the user's."""
+    """Return one line that reports an error in this program, with its place in the code."""
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
-    place = traceback.extract_tb(error.__traceback__)[-1:]
-    where = f" ({os.path.basename(place[0].filename)}, line {place[0].lineno})" if place else ""
+    frames = traceback.extract_tb(error.__traceback__)[-1:]
+    where = "".join(f" ({os.path.basename(frame.filename)}, line {frame.lineno})" for frame in frames)
     return f"internal error, please report it: {type(error).__name__}: {error}{where}"

@@ -1,11 +1,10 @@
 """Transcribe audio files with the realtime server: text on stdout or into files, everything else on stderr."""
 
 import argparse
-import asyncio
-import itertools
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from pathlib import Path
@@ -15,41 +14,40 @@ from rich.table import Table
 
 from . import UserError
 from .audio import AudioError
-from .cli import Interrupts, Parser, add_cue_options, add_server_options, fault, run, server_from
+from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, fault, limits_from, run, server_from
 from .media import AudioFile, AudioSource, StandardInput, is_audio
 from .outputs import Outputs, Transcript, readable
-from .pool import Piece, Pool, Stopped, cut, uncut
+from .pool import TOKENS, Piece, Pool, Stopped, cut, uncut
 from .protocol import RATE
 from .screen import Screen
 from .subtitles import FORMATS
 from .timeline import Word
-from .transcriber import Transcriber
 
 SUFFIXES = set(
     ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .mp4 .m4a .m4b .m4v .mkv .mka .webm .mov "
     ".aac .wma .ac3 .3gp .avi .mpg".split()
 )
-PARALLEL = 64  # sessions at once at most, if nothing is said
+PARALLEL = 64  # largest number of sessions at once without --parallel
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options; exits with 2 where they make no sense."""
+    """Return the options; exits with 2 for wrong usage."""
     parser = Parser(__doc__)
     parser.add_argument("paths", nargs="*", metavar="PATH", help="audio file, folder, or - for standard input")
     parser.add_argument("--audio_path", action="append", default=[], metavar="PATH", help="the same as PATH")
-    parser.add_argument("--raw", type=int, metavar="RATE", help="standard input is raw PCM16 mono at RATE")
-    parser.add_argument("--track", metavar="N|LANGUAGE", help="audio track (default: the one that the file says)")
-    parser.add_argument("-o", "--output", metavar="FILE", help="write there: a file, a folder, or - for stdout")
+    parser.add_argument("--raw", type=count, metavar="RATE", help="standard input is raw PCM16 mono at RATE")
+    parser.add_argument("--track", metavar="N|LANGUAGE", help="audio track (default: the file's default track)")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where to write: a file, a folder, or - for stdout")
     parser.add_argument(
         "-f",
         "--format",
         action="append",
         choices=[*FORMATS, "all"],
-        help="beside the audio, or where --output says; may be repeated; all: each (default: by --output's ending)",
+        help="format of a file beside the audio, or of --output; may be repeated (default: by --output's ending)",
     )
-    parser.add_argument("--skip-existing", action="store_true", help="leave files alone whose output is complete")
+    parser.add_argument("--skip-existing", action="store_true", help="skip files whose output is complete")
     parser.add_argument(
-        "--parallel", type=int, metavar="N", help=f"sessions at once (default: as many as free, {PARALLEL} at most)"
+        "--parallel", type=count, metavar="N", help=f"sessions at once (default: as many as free, {PARALLEL} at most)"
     )
     parser.add_argument("--realtime", action="store_true", help="send no faster than a microphone would")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -60,15 +58,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.format and "all" in options.format:
         options.format = list(FORMATS)
     if not options.paths:
-        parser.error("which file? give at least one PATH")
-    if options.raw is not None and (options.paths != ["-"] or options.raw <= 0):
+        parser.error("no file given: name at least one PATH")
+    if options.raw and options.paths != ["-"]:
         parser.error("--raw RATE goes with - alone")
-    if options.parallel is not None and options.parallel < 1:
-        parser.error("--parallel must be 1 or more")
     if options.skip_existing and not options.format and options.output in (None, "-"):
         parser.error("--skip-existing needs files to look for: give --format or --output")
     try:
-        options.outputs = Outputs(options.output, options.format)
+        options.outputs = Outputs(options.output, options.format, limits_from(options))
     except UserError as error:
         parser.error(str(error))
     return options
@@ -80,7 +76,7 @@ def find(paths: list[str]) -> Iterator[str]:
         if path == "-" or not os.path.isdir(path):
             yield path
             continue
-        # By the name only so far that a broken one is told; else the content says what it is.
+        # The ending decides too: so a broken file is reported. Folders in the list are those that cannot be read.
         inside = sorted(
             p for p in files_in(path) if Path(p).suffix.lower() in SUFFIXES or os.path.isdir(p) or is_audio(Path(p))
         )
@@ -90,28 +86,26 @@ def find(paths: list[str]) -> Iterator[str]:
 
 
 def files_in(folder: str) -> list[str]:
-    """Return all files below a folder but the hidden ones (AppleDouble's ._x too). Links are followed, once.
+    """Return all files below a folder except hidden ones (also AppleDouble's ._x). Links are followed, once.
 
-    A folder that cannot be read is named as if it were a file, so that it is told.
+    A folder that cannot be read is in the list as if it were a file, so that it is reported.
     """
     found: list[str] = []
     seen: set[str] = set()
-
-    def unreadable(error: OSError) -> None:
-        found.append(error.filename)
-
-    for place, folders, names in os.walk(folder, followlinks=True, onerror=unreadable):
-        folders[:] = [name for name in folders if not name.startswith(".") and os.path.realpath(place) not in seen]
-        if os.path.realpath(place) not in seen:
-            found += [os.path.join(place, name) for name in names if not name.startswith(".")]
-        seen.add(os.path.realpath(place))
+    for path, folders, names in os.walk(folder, followlinks=True, onerror=lambda error: found.append(error.filename)):
+        if (real := os.path.realpath(path)) in seen:
+            folders.clear()
+            continue
+        seen.add(real)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found.extend(os.path.join(path, name) for name in names if not name.startswith("."))
     return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
 
 
-def progress(done: float, total: float | None, started: float) -> Table:
+def progress(pool: Pool, total: float | None) -> Table:
     """Return the progress line: bar, position, speed in multiples of real time, time left."""
-    line = Table.grid(padding=(0, 1))
-    speed = done / max(time.monotonic() - started, 1e-3)
+    line, done = Table.grid(padding=(0, 1)), pool.transcribed
+    speed = done / max(time.monotonic() - pool.started, 1e-3)
     if total is None:
         line.add_row(f"{done:.0f} s {speed:.1f} × real time")
     else:
@@ -130,11 +124,12 @@ async def transcribe(options: argparse.Namespace) -> int:
         names = [name for name in names if name not in skipped]
         print(f"{len(skipped)} already transcribed", file=sys.stderr)
     outputs.check(names)
-    failures, sources = 0, []
+    failures, sources, durations = 0, [], []
     for name in names:
         try:
             source = StandardInput(options.raw, options.track) if name == "-" else AudioFile(name, options.track)
-            sources.append((source, source.seconds))
+            durations.append(source.seconds)
+            sources.append(source)
         except Exception as problem:
             error = str(problem) if isinstance(problem, AudioError) else f"{name}: {fault(problem)}"
             failures += 1
@@ -142,80 +137,55 @@ async def transcribe(options: argparse.Namespace) -> int:
             print(f"error: {error}", file=sys.stderr)
     if not sources:
         return 1 if failures else 0
-    sources, durations = zip(*sources, strict=True)
     total = None if None in durations else sum(durations)
     one_by_one = options.realtime or any(source.endless for source in sources)
     size = 1 if one_by_one else options.parallel or PARALLEL
 
     with Screen(options.quiet) as screen:
-        said = ""
-
-        def notify(state: str, message: str) -> None:
-            nonlocal said
-            if message and message != said:
-                screen.say(message)
-            said = message or said
-
-        numbers = itertools.count(1)
-
-        def make(impatient: bool) -> Transcriber:
-            settings = {"model": options.model, "give_up_after": options.give_up_after, "notify": notify}
-            return Transcriber(server, numbers=numbers, impatient=impatient, **settings)
-
-        await make(False).open()  # says at once what is wrong
+        await server.model(options.model)  # reports at once what is wrong
         interrupts = Interrupts(screen.say)
-        pool = Pool(make, size, interrupts.stop, options.realtime, screen.say)
-        started = time.monotonic()
-
-        async def redraw() -> None:
-            while True:
-                screen.show(pool.partial, progress(pool.transcribed, total, started))
-                await asyncio.sleep(0.2)
-
-        drawing = asyncio.create_task(redraw())
-        transcripts = Transcripts(sources, outputs, screen)
-        try:
-            async with aclosing(pool.run(pieces(sources, pool))) as items:
-                await transcripts.write(items)
-        finally:
-            transcripts.close()
-            drawing.cancel()
-        took = time.monotonic() - started
+        settings = {"model": options.model, "give_up_after": options.give_up_after}
+        pool = Pool(server, size, interrupts.stop, screen.say, options.realtime, **settings)
+        transcripts = Transcripts(sources, pool, outputs, screen)
+        async with screen.redrawn(lambda: (pool.partial, progress(pool, total))):
+            try:
+                async with aclosing(pool.run(pieces(sources, pool))) as items:
+                    await transcripts.write(items)
+            finally:
+                transcripts.close()
         failures += len(transcripts.failed)
         if left := len(sources) - transcripts.begun:
             screen.say(f"{left} {'file was' if left == 1 else 'files were'} not begun")
             failures += 0 if interrupts.stop.is_set() else left
         if pool.received:
             files = f"{len(sources)} files, " if len(sources) > 1 else ""
-            screen.say(
-                f"{files}{pool.received:.1f} s of audio in {took:.1f} s: {pool.received / took:.1f} × real time; "
-                f"{pool.sessions} sessions, {pool.prompt_tokens} prompt tokens, "
-                f"{pool.completion_tokens} completion tokens" + (f"; {failures} failed" if failures else "")
-            )
+            count = sum(pool.counts.values(), Counter())
+            counts = ", ".join(f"{count[key]} {key.replace('_', ' ')}" for key in ("sessions", *TOKENS))
+            screen.say(f"{files}{pool.speed}; {counts}" + (f"; {failures} failed" if failures else ""))
     if interrupts.stop.is_set() and (transcripts.stopped or left):
         return 130
     return 1 if failures else 0
 
 
 def pieces(sources: list[AudioSource], pool: Pool) -> Iterator[Piece]:
-    """Yield the pieces of all files, each read when it is asked for."""
+    """Yield the pieces of all files. Each piece is read when it is requested."""
     for number, source in enumerate(sources):
-        yield from cut(number, source, lambda: pool.width) if pool.size > 1 else uncut(number, source)
+        yield from cut(number, source, lambda: pool.width) if pool.size > 1 else [uncut(number, source)]
 
 
 class Transcripts:
-    """Writes each file's words as they come. Trouble with a file is a line, and the next file goes on."""
+    """Writes each file's words as they come. An error with one file is reported, and the next file continues."""
 
-    def __init__(self, sources: list[AudioSource], outputs: Outputs, screen: Screen):
-        self._sources, self._outputs, self._screen = sources, outputs, screen
-        self.failed: dict[int, str] = {}  # number of a file, what went wrong
+    def __init__(self, sources: list[AudioSource], pool: Pool, outputs: Outputs, screen: Screen):
+        self._sources, self._pool, self._outputs, self._screen = sources, pool, outputs, screen
+        self.failed: dict[int, str] = {}  # number of a file, its first error
         self.stopped: set[int] = set()  # numbers of files that Ctrl+C cut short
         self.begun = 0
         self._file: Transcript | None = None
-        self._said: set[str] = set()
+        self._reported: set[str] = set()
 
-    async def write(self, items: AsyncIterator) -> None:
-        """Write what the pool yields. Raises OSError where standard output does not take it."""
+    async def write(self, items: AsyncIterator[tuple[Piece, Word | Exception | None]]) -> None:
+        """Write what the pool yields. Raises OSError for standard output."""
         async for piece, item in items:
             if self.begun != piece.file + 1:
                 self.close()
@@ -230,13 +200,13 @@ class Transcripts:
                 self.stopped.add(piece.file)
             elif item is not None:
                 self._fail(str(item))
-            self._count(piece)
+            self._seconds = (piece.offset + piece.transcriber.timeline.received) / RATE
             if piece.last:
                 self._ended = True
                 self.close()
 
     def close(self) -> None:
-        """Finish the file that is being written; it is complete if its last piece came, and all went well."""
+        """Finish the file that is being written. It is complete if its last piece came, without an error."""
         if self._file is None:
             return
         file, self._file, number = self._file, None, self.begun - 1
@@ -246,8 +216,9 @@ class Transcripts:
             self._screen.write("\n")
         if file.error:
             self._fail(file.error)
-        took = time.monotonic() - self._started
-        summary = {"audio": readable(self._sources[number].name), "sessions": self._sessions, "usage": self._usage}
+        took, count = time.monotonic() - self._started, self._pool.counts[number]
+        usage = {key: count[key] for key in TOKENS}
+        summary = {"audio": readable(self._sources[number].name), "sessions": count["sessions"], "usage": usage}
         summary |= {"seconds": round(self._seconds, 3), "took": round(took, 3), "speed": round(self._seconds / took, 2)}
         if error := self.failed.get(number) or ("stopped before its end" if number in self.stopped else ""):
             summary["error"] = error
@@ -259,20 +230,13 @@ class Transcripts:
         self.begun = piece.file + 1
         self._file = self._outputs.open(self._sources[piece.file].name)
         self._started, self._ended, self._any_text = piece.begun, False, False
-        self._sessions, self._seconds, self._usage = 0, 0.0, {"prompt_tokens": 0, "completion_tokens": 0}
-
-    def _count(self, piece: Piece) -> None:
-        transcriber = piece.transcriber
-        self._seconds = (piece.offset + transcriber.timeline.received) / RATE
-        self._sessions += transcriber.sessions
-        for key in self._usage:
-            self._usage[key] += getattr(transcriber, key)
+        self._seconds = 0.0
 
     def _fail(self, error: str) -> None:
         self.failed.setdefault(self.begun - 1, error)
-        if error not in self._said:
+        if error not in self._reported:
             self._screen.say(f"error: {error}")
-        self._said.add(error)
+        self._reported.add(error)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -1,12 +1,12 @@
-"""Input devices, and the microphone as a stream that outlives being unplugged. Needs PortAudio.
+"""Input devices, and the microphone as a stream that continues after the device was unplugged. Needs PortAudio.
 
-What unplugging looks like depends on the system: the stream finishes without an error, or its
-blocks just stop coming while it stays active. Both are watched for. Streams are aborted, never
-stopped: stopping waits for a device that may not be there.
+An unplugged device looks different from system to system: the stream finishes without an error, or it stays active
+but no more blocks come. Both are detected. Streams are aborted, never stopped: stopping waits for the device.
 """
 
 import asyncio
 import contextlib
+import itertools
 import os
 import shutil
 import subprocess
@@ -14,32 +14,32 @@ import sys
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from .audio import CHUNK_SECONDS, AudioError, Resampler
 from .protocol import RATE
 
-IDLE_SECONDS = 2.0  # no block for so long: the device is gone
-LOOKS = 4  # in so many parts: a program that stood still looks once after it, before the blocks of that time are in
+IDLE_SECONDS = 2.0  # without a block for this time, the device is gone
+LOOKS = 4  # parts of that time: a suspended program looks once after it continues, before the waiting blocks are in
 RETRY_SECONDS = 1.0
 BACKLOG = 300  # blocks that wait while this process is busy: 30 s
-GAP_SECONDS = 3.0  # silence heard in place of a gap: ends the last word, even for a model with 2.4 s delay
-SILENT_SECONDS = 10.0
+GAP_SECONDS = 3.0  # silence sent in place of a gap: it ends the last word, even for a model with 2.4 s delay
+SILENT_SECONDS = 10.0  # silence that is reported
 SILENT_DB = -60.0  # a quiet room through a working microphone is louder
 
 try:
     import sounddevice
 except OSError:
     sounddevice = None
-except Exception as error:  # PortAudio is there and does not start; its exception cannot be named
+except Exception as error:  # PortAudio does not start; its exception class cannot be imported
     sounddevice = error
 
 
 @dataclass(frozen=True)
 class Device:
-    """An input device. `index`: PortAudio's number of it; `source`: what PulseAudio calls it."""
+    """An input device. `rate`: samples a second; `index`: PortAudio's number for it; `source`: PulseAudio's name."""
 
     number: int
     name: str
@@ -51,7 +51,7 @@ class Device:
 
 
 def silence_libraries() -> None:
-    """Send to nowhere what ALSA, JACK and PortAudio print on stderr; Python's `sys.stderr` stays."""
+    """Discard what ALSA, JACK and PortAudio print on stderr. Python's `sys.stderr` stays."""
     if sys.platform != "linux":
         return
     sys.stderr = os.fdopen(os.dup(2), "w", buffering=1, errors="backslashreplace")
@@ -59,15 +59,15 @@ def silence_libraries() -> None:
 
 
 def devices(rescan: bool = False) -> list[Device]:
-    """Return the input devices, on Linux with the sources of PulseAudio or PipeWire, which PortAudio hides.
+    """Return the input devices, on Linux with the sources of PulseAudio or PipeWire, which PortAudio does not list.
 
-    `rescan` finds what was plugged in since; no stream may be open. Raises AudioError without PortAudio.
+    `rescan` finds new devices; no stream may be open. Raises AudioError without PortAudio.
     """
     if sounddevice is None:
         raise AudioError("PortAudio is missing; apt install libportaudio2 (Fedora: dnf install portaudio)")
     if isinstance(sounddevice, Exception):
         raise AudioError(f"PortAudio does not start: {sounddevice}")
-    if rescan:  # it looks for devices only when it starts
+    if rescan:  # PortAudio looks for devices only when it starts
         with contextlib.suppress(sounddevice.PortAudioError):
             while sounddevice._initialized:
                 sounddevice._terminate()
@@ -76,15 +76,14 @@ def devices(rescan: bool = False) -> list[Device]:
         return []
     hosts, found = sounddevice.query_hostapis(), []
     for entry in sounddevice.query_devices():
-        host = hosts[entry["hostapi"]]
-        at_home = sys.platform != "win32" or entry["hostapi"] == sounddevice.default.hostapi  # else four of each
-        if entry["max_input_channels"] and at_home:
-            shape = entry["max_input_channels"], round(entry["default_samplerate"]), entry["index"]
-            found.append(Device(entry["index"], entry["name"], host["name"], *shape))
-    for door in [device for device in found if device.name == "pulse" and device.host == "ALSA"]:
-        for name in _pulse_sources():
-            number = max(device.number for device in found) + 1
-            found.append(Device(number, name, "PulseAudio", door.channels, door.rate, door.index, name))
+        index, host, channels = entry["index"], entry["hostapi"], entry["max_input_channels"]
+        # Windows lists each device once for each of four hosts.
+        if channels and (sys.platform != "win32" or host == sounddevice.default.hostapi):
+            rate = round(entry["default_samplerate"])
+            found.append(Device(index, entry["name"], hosts[host]["name"], channels, rate, index))
+    for pulse in [device for device in found if device.name == "pulse" and device.host == "ALSA"]:
+        for number, name in enumerate(_pulse_sources(), found[-1].number + 1):
+            found.append(replace(pulse, number=number, name=name, host="PulseAudio", source=name))
     return found
 
 
@@ -99,9 +98,9 @@ def _pulse_sources() -> list[str]:
 
 
 def choose(wanted: str | None, found: list[Device]) -> Device:
-    """Return the device with this number or part of a name; the system's default for None.
+    """Return the device whose number, name or part of a name is `wanted`; the system's default for None.
 
-    Raises AudioError with one line that names the fix.
+    Raises AudioError where there is none, or more than one.
     """
     if not found:
         raise AudioError("no input device; plug one in or allow this program to use it in the system's settings")
@@ -116,29 +115,29 @@ def choose(wanted: str | None, found: list[Device]) -> Device:
         raise AudioError(f"--device {wanted}: no such input device; --list-devices shows them")
     if len(matches) > 1:
         names = " and ".join(f"{device.name} ({device.number})" for device in matches)
-        raise AudioError(f"--device {wanted}: fits {names}; write more of the name, or the number")
+        raise AudioError(f"--device {wanted}: fits {names}; give more of the name, or the number")
     return matches[0]
 
 
 class Microphone:
     """Audio of one input device. Raises AudioError where there is no such device.
 
-    `level`: of the last block in dB below full scale. `dropped`: blocks lost because this process
-    was busy. `connected`: is the device there? `say` is told what the user should know.
+    `level`: of the last block, in dB relative to full scale. `dropped`: number of blocks (0.1 s) that were lost
+    because this process was busy. `connected`: is the device available? `say` receives messages for the user.
     """
 
     def __init__(self, wanted: str | None, channels: int | None, say: Callable[[str], None]):
-        """`wanted`: see `choose`. `channels`: how many to record and mix down (default: one, if it can)."""
+        """`wanted`: see `choose`. `channels`: how many to record and mix down (default: one, if the device can)."""
         self.device = choose(wanted, devices())
         self.level, self.dropped, self.connected = -100.0, 0, False
         self._named, self._channels, self._say = wanted is not None, channels, say
-        self._silence, self._said_dropped, self._look_again = 0.0, 0, 0.0
+        self._silence, self._reported, self._look_again = 0.0, 0, 0.0
 
     async def chunks(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield 16 kHz mono PCM16 in pieces of about 0.1 s until `stop` is set.
 
-        While the device is away nothing comes, after GAP_SECONDS of silence. Raises AudioError if
-        it cannot be opened at first.
+        When the device goes away, GAP_SECONDS of silence come, then nothing until it is back. Raises AudioError if the
+        device cannot be opened at first.
         """
         capture = _Capture(self.device, self._channels)
         try:
@@ -158,14 +157,14 @@ class Microphone:
             capture.close()
 
     async def _moved(self) -> bool:
-        """Did PulseAudio move the stream because its source went away? It does so silently, to any other one."""
+        """Has PulseAudio moved the stream to another source, because its own went away? It reports no error."""
         if not self.device.source or time.monotonic() < self._look_again:
             return False
         self._look_again = time.monotonic() + IDLE_SECONDS
         return self.device.source not in await asyncio.to_thread(_pulse_sources)
 
     async def _reopen(self, stop: asyncio.Event) -> "_Capture | None":
-        """Wait until the device can be opened again, or the default one if none was named; None if stopped."""
+        """Wait until the device, or the default one if none was named, can be opened again; None if stopped."""
         while not stop.is_set():
             with contextlib.suppress(AudioError):
                 found, old = devices(rescan=True), self.device
@@ -180,7 +179,7 @@ class Microphone:
         return None
 
     def _watch(self, pcm: bytes) -> None:
-        """Take the level; give a hint once for each long silence."""
+        """Measure the level; report each long silence once."""
         samples = np.frombuffer(pcm, "<i2") / 32768
         self.level = max(-100.0, 10 * float(np.log10(np.square(samples).mean() + 1e-12)))
         before = self._silence
@@ -192,15 +191,18 @@ class Microphone:
             )
 
     def _count(self, capture: "_Capture") -> None:
-        """Count what was dropped; say so at the first, tenth, hundredth, ... block."""
+        """Count dropped blocks; report the first, tenth, hundredth, ... one."""
         self.dropped, capture.dropped = self.dropped + capture.dropped, 0
-        if self.dropped >= max(1, 10 * self._said_dropped):
-            self._said_dropped = self.dropped
+        if self.dropped >= max(1, 10 * self._reported):
+            self._reported = self.dropped
             self._say(f"{self.dropped} blocks of audio lost so far: this machine is too busy")
 
 
 class _Capture:
-    """One open stream: blocks from PortAudio's thread wait in a bounded queue. Raises AudioError."""
+    """One open stream: blocks from PortAudio's thread wait in a bounded queue. Raises AudioError.
+
+    `dropped`: number of lost blocks.
+    """
 
     def __init__(self, device: Device, channels: int | None):
         self._over, self.dropped, self._open = False, 0, True
@@ -208,42 +210,32 @@ class _Capture:
         self._more, self._loop = asyncio.Event(), asyncio.get_running_loop()
         if device.source:
             os.environ["PULSE_SOURCE"] = device.source
-        wishes = [(rate, n) for rate in (RATE, device.rate) for n in ([channels] if channels else [1, device.channels])]
-        for rate, count in wishes:
-            try:
-                self._stream = self._start(device, rate, count)
-                break
-            except sounddevice.PortAudioError as error:
-                reason = error.args[0].partition(": ")[2] or error.args[0]
+        counts = [channels] if channels else [1, device.channels]
+        settings = {"device": device.index, "dtype": "float32"}
+        settings |= {"callback": self._called, "finished_callback": self._finished}
+        for rate, count in itertools.product((RATE, device.rate), counts):
+            with contextlib.ExitStack() as failed:
+                try:
+                    block = round(rate * CHUNK_SECONDS)
+                    self._stream = sounddevice.InputStream(rate, block, channels=count, **settings)
+                    failed.callback(self._stream.close)
+                    self._stream.start()
+                    failed.pop_all()
+                    break
+                except sounddevice.PortAudioError as error:
+                    reason = error.args[0].partition(": ")[2] or error.args[0]
         else:
-            wish = f" with {channels} channels" if channels else ""
-            raise AudioError(f"{device.name}: cannot be opened{wish} ({reason})")
+            requested = f" with {channels} channels" if channels else ""
+            raise AudioError(f"{device.name}: cannot be opened{requested} ({reason})")
         self._convert = Resampler(rate)
-
-    def _start(self, device: Device, rate: int, channels: int) -> "sounddevice.InputStream":
-        stream = sounddevice.InputStream(
-            samplerate=rate,
-            blocksize=round(rate * CHUNK_SECONDS),
-            device=device.index,
-            channels=channels,
-            dtype="float32",
-            callback=self._called,
-            finished_callback=self._finished,
-        )
-        try:
-            stream.start()
-        except sounddevice.PortAudioError:
-            stream.close()
-            raise
-        return stream
 
     @property
     def gone(self) -> bool:
-        """Has the device gone, and has all been read that it gave?"""
+        """Has the device gone, and has all its audio been read?"""
         return self._over and not self._blocks
 
     def _called(self, block: np.ndarray, frames: int, when: object, status: object) -> None:
-        """Called by PortAudio in a thread of its own."""
+        """Receive a block, float32 of shape (frames, channels). PortAudio calls this in its own thread."""
         self.dropped += bool(status.input_overflow)
         if len(self._blocks) < BACKLOG:
             self._blocks.append(block.copy())
@@ -256,7 +248,7 @@ class _Capture:
         self._loop.call_soon_threadsafe(self._more.set)
 
     async def read(self) -> bytes:
-        """Return the next piece; b"" where there is none: `gone` then tells whether to go on."""
+        """Return the next piece as PCM16; b"" where there is none: `gone` is then true if there will be none."""
         for _ in range(LOOKS):
             if self._blocks or self._over:
                 break
@@ -268,7 +260,7 @@ class _Capture:
         return self._convert(self._blocks.popleft()) if self._blocks else b""
 
     def close(self) -> bytes:
-        """Let go of the device, once; return what the resampler held back."""
+        """Release the device, once; return the rest of the audio, which the resampler holds."""
         if not self._open:
             return b""
         self._open = False

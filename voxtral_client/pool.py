@@ -1,15 +1,19 @@
 """Several sessions at once, their words in order.
 
-One session is bound by vLLM's work for each step; sixteen at once cost little more (docs/performance.md).
-So a long file is cut in its quietest pauses; a short one is a piece by itself.
+The speed of one session is limited by vLLM's work for each step; sixteen at once cost little more
+(docs/performance.md). So a long file is cut in its quietest pauses. A short file is one piece.
 """
 
 import asyncio
+import itertools
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import aclosing
 from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
 
 import numpy as np
 
@@ -18,12 +22,13 @@ from .audio import stream, threaded
 from .cli import fault
 from .media import AudioSource
 from .protocol import RATE
-from .session import Refused, SessionLost
+from .session import Refused, Server, SessionLost
 from .timeline import HOP, Word
 from .transcriber import GaveUp, Transcriber
 
-USUAL, SHORT = (20, 60), (10, 16)  # seconds of a piece, at least and at most; where sessions would stand idle
+USUAL, SHORT = (20, 60), (10, 16)  # shortest and longest piece in seconds: usually, and where sessions would be idle
 HELD = 960  # seconds of audio in all pieces at most: 31 MB
+TOKENS = ("prompt_tokens", "completion_tokens")
 QUIET = RATE // 2 // HOP  # length of the pause to look for, in level readings
 
 
@@ -35,26 +40,27 @@ class Stopped(Exception):
 class Piece:
     """Part of a file: number of the file, offset in it in samples, audio, and whether it is the last part.
 
-    `endless`: the audio may be ended at any time, and is complete all the same.
+    `blocks()` yields the audio (PCM16 bytes, 16 kHz mono) from the piece's beginning, as often as it is called.
+    `endless`: the audio may end at any time, and is complete all the same.
     """
 
     file: int
     offset: int
-    blocks: Iterable[bytes]
+    blocks: Callable[[], Iterator[bytes]]
     last: bool
     endless: bool = False
     transcriber: Transcriber | None = None
-    begun: float = 0.0  # by the clock of `time.monotonic`
+    begun: float = 0.0  # `time.monotonic()` when its transcription began
     items: asyncio.Queue = field(default_factory=asyncio.Queue)  # Word; at the end None or the Exception
 
 
-def uncut(number: int, source: AudioSource) -> Iterator[Piece]:
+def uncut(number: int, source: AudioSource) -> Piece:
     """Return a file as one piece, streamed from disk."""
-    yield Piece(number, 0, Streamed(source), True, source.endless)
+    return Piece(number, 0, source.blocks, True, source.endless)
 
 
 def limits(left: float | None, width: int) -> tuple[int, int]:
-    """Return how long a piece is at least and at most, in samples, where `left` seconds go to `width` sessions.
+    """Return the shortest and the longest length of a piece, in samples, where `width` sessions share `left` seconds.
 
     Towards the end of a file pieces become shorter, so that all sessions have work to the end.
     """
@@ -66,7 +72,7 @@ def limits(left: float | None, width: int) -> tuple[int, int]:
 
 
 def cut(number: int, source: AudioSource, width: Callable[[], int]) -> Iterator[Piece]:
-    """Cut a file into pieces for `width()` sessions, each read when it is asked for."""
+    """Cut a file into pieces for `width()` sessions. Each piece is read when it is requested."""
     audio, offset, error = bytearray(), 0, None
     try:
         for block in source.blocks():
@@ -75,39 +81,27 @@ def cut(number: int, source: AudioSource, width: Callable[[], int]) -> Iterator[
             shortest, longest = limits(left, width())
             if len(audio) >= 2 * longest:
                 at = quietest_pause(np.frombuffer(audio, "<i2"), shortest)
-                yield Piece(number, offset, Audio(audio[: 2 * at]), False)
+                yield Piece(number, offset, partial(_held, bytes(audio[: 2 * at])), False)
                 offset += at
                 audio = audio[2 * at :]
     except Exception as problem:  # the worker that transcribes the last piece raises it
         error = problem
-    yield Piece(number, offset, Audio(audio, error), True)
+    yield Piece(number, offset, partial(_held, bytes(audio), error), True)
 
 
-class Streamed:
-    """The audio of a source, from its beginning as often as it is iterated over."""
-
-    def __init__(self, source: AudioSource):
-        self._source = source
-
-    def __iter__(self) -> Iterator[bytes]:
-        return self._source.blocks()
-
-
-class Audio:
-    """Audio in memory, to be iterated over as often as needed; ends with `error` if there is one."""
-
-    def __init__(self, pcm: bytes, error: Exception | None = None):
-        self._pcm, self._error = bytes(pcm), error
-
-    def __iter__(self) -> Iterator[bytes]:
-        if self._pcm:
-            yield self._pcm
-        if self._error:
-            raise self._error
+def _held(pcm: bytes, error: Exception | None = None) -> Iterator[bytes]:
+    """Yield audio that is in memory, then raise `error` if there is one."""
+    if pcm:
+        yield pcm
+    if error:
+        raise error
 
 
 def quietest_pause(samples: np.ndarray, shortest: int) -> int:
-    """Return the middle of the first of the quietest half seconds behind `shortest`, in samples."""
+    """Return the middle of the first of the quietest half seconds after `shortest`, both in samples.
+
+    `samples`: int16, shape (n,), n at least `shortest` + 0.5 s.
+    """
     readings = samples[shortest : shortest + (len(samples) - shortest) // HOP * HOP].astype(np.float32).reshape(-1, HOP)
     levels = 10 * np.log10(np.square(readings).mean(axis=1) + 1.0)
     loudest = np.lib.stride_tricks.sliding_window_view(levels, QUIET).max(axis=1)
@@ -116,30 +110,34 @@ def quietest_pause(samples: np.ndarray, shortest: int) -> int:
 
 
 class Pool:
-    """Transcribes pieces by at most `size` sessions at once.
+    """Transcribes pieces in at most `size` sessions at once; where the server grants fewer, in those it grants.
 
-    `make(impatient)` returns a new Transcriber for a piece. Where the server has fewer slots than `size`, the
-    pool makes do with those it gets.
+    `counts`: sessions, prompt_tokens and completion_tokens so far, by the number of the file.
     """
 
     def __init__(
         self,
-        make: Callable[[bool], Transcriber],
+        server: Server,
         size: int,
         stop: asyncio.Event,
-        realtime: bool = False,
         say: Callable[[str], None] = lambda message: None,
+        realtime: bool = False,
+        **settings: Any,
     ):
-        self._make, self.size, self._stop, self._realtime, self._say = make, size, stop, realtime, say
+        """`stop`: begin no more pieces. `say` receives messages for the user. `settings`: of each Transcriber."""
+        self.size, self.started = size, time.monotonic()
+        self._server, self._stop, self._say, self._realtime = server, stop, say, realtime
+        self._settings = settings | {"numbers": itertools.count(1), "notify": self._notify}
         self._active: list[Piece] = []
         self._transcribed = self._received = 0
-        self._lost = False  # the server: one piece has found out for all
+        self._message = ""  # the last one, which is not repeated
+        self._lost = False  # one piece has lost the server: the others need not try
         self._refused = False  # the server has granted as many sessions as it can
-        self.sessions = self.prompt_tokens = self.completion_tokens = 0
+        self.counts: defaultdict[int, Counter] = defaultdict(Counter)
 
     @property
     def width(self) -> int:
-        """How many sessions there are, or, until one is refused, may be."""
+        """Number of sessions that run, or may run until the server refuses one."""
         return max(1, len(self._active)) if self._refused else self.size
 
     @property
@@ -157,12 +155,19 @@ class Pool:
         """Seconds of audio that have been read, in all files."""
         return (self._received + sum(p.transcriber.timeline.received for p in self._active)) / RATE
 
-    async def run(self, pieces: Iterator[Piece]) -> AsyncIterator[tuple[Piece, Word | Exception | None]]:
-        """Yield each piece's words in order, with times of the file, then None or what went wrong.
+    @property
+    def speed(self) -> str:
+        """Amount of audio, time and speed, for the user."""
+        took = time.monotonic() - self.started
+        return f"{self.received:.1f} s of audio in {took:.1f} s: {self.received / took:.1f} × real time"
 
-        After something went wrong, the rest of that piece is missing; others go on, unless the server is lost: then no
-        more pieces are begun.
+    async def run(self, pieces: Iterator[Piece]) -> AsyncIterator[tuple[Piece, Word | Exception | None]]:
+        """Yield each piece's words in order, with times of the file, then None or the exception that ended it.
+
+        After an exception the rest of that piece is missing. Other pieces continue, unless the server is lost: then no
+        more pieces are begun. `self.started` is the time of the call.
         """
+        self.started = time.monotonic()
         order: asyncio.Queue[Piece | None] = asyncio.Queue()
         returned: list[Piece] = []
         reading = asyncio.Lock()
@@ -179,17 +184,13 @@ class Pool:
                 return piece
 
         async def work() -> None:
-            waiting = False
             while piece := await next_piece():
                 if await self._transcribe(piece):
-                    waiting = False
                     continue
                 returned.append(piece)
                 if self._active or self._stop.is_set():
-                    return  # no slot for this worker: the others will see to it
-                if not waiting:
-                    self._say("all sessions of the server are taken: waiting for a free one")
-                waiting = True
+                    return  # no slot for this worker: the others transcribe the piece
+                self._notify("WAITING", "all sessions of the server are taken: waiting for a free one")
                 await asyncio.sleep(random.uniform(1, 3))
 
         async def work_all() -> None:
@@ -214,17 +215,23 @@ class Pool:
                 working.cancel()
                 await asyncio.gather(working, return_exceptions=True)
 
+    def _notify(self, state: str, message: str) -> None:
+        if message and message != self._message:
+            self._say(message)
+        self._message = message or self._message
+
     async def _transcribe(self, piece: Piece) -> bool:
         """Put the piece's words into its queue; return False if the server has no slot for it."""
-        piece.transcriber = self._make(not piece.endless)  # what comes only once cannot be begun again
+        # An endless source cannot be read from its beginning a second time: it waits for a slot.
+        piece.transcriber = Transcriber(self._server, impatient=not piece.endless, **self._settings)
         piece.begun = time.monotonic()
         self._active.append(piece)
         end, ended, busy = Stopped(), asyncio.Event(), False
         try:
             await piece.transcriber.open()
-            # Pieces at work are finished even when told to stop: so the transcript has no holes.
+            # Pieces that have begun are finished even after Ctrl+C: so the transcript has no gaps.
             stop = self._stop if self.size == 1 else None
-            chunks = stream(iter(piece.blocks), self._realtime, stop, ended)
+            chunks = stream(piece.blocks(), self._realtime, stop, ended)
             async with aclosing(piece.transcriber.words(chunks)) as words:
                 async for word in words:
                     piece.items.put_nowait(self._placed(word, piece))
@@ -240,21 +247,19 @@ class Pool:
         finally:
             self._active.remove(piece)
             if not busy:
-                self._book(piece, end)
+                self._end(piece, end)
         return not busy
 
-    def _book(self, piece: Piece, end: Exception | None) -> None:
+    def _end(self, piece: Piece, end: Exception | None) -> None:
         """Put the end of the piece into its queue, and count it."""
-        timeline = piece.transcriber.timeline
+        transcriber, timeline = piece.transcriber, piece.transcriber.timeline
         for word in timeline.partial:  # no session will replace it any more
             piece.items.put_nowait(self._placed(word, piece))
-        piece.items.put_nowait(end)
-        piece.blocks = ()  # may wait long for those before it to be written
+        del piece.blocks  # its audio: the piece may wait long until those before it are written
         self._transcribed += min(timeline.transcribed, timeline.received)
         self._received += timeline.received
-        self.sessions += piece.transcriber.sessions
-        self.prompt_tokens += piece.transcriber.prompt_tokens
-        self.completion_tokens += piece.transcriber.completion_tokens
+        self.counts[piece.file].update({key: getattr(transcriber, key) for key in ("sessions", *TOKENS)})
+        piece.items.put_nowait(end)
 
     @staticmethod
     def _placed(word: Word, piece: Piece) -> Word:

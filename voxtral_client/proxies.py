@@ -1,7 +1,6 @@
-"""Which proxy leads to a server, by the system's settings (HTTP_PROXY, HTTPS_PROXY, NO_PROXY and the like).
+"""The proxy for a server by the system's settings (HTTP_PROXY, HTTPS_PROXY, NO_PROXY and others).
 
-The same one for the question about the models (urllib) and for the WebSocket (websockets), whose own ways of
-choosing differ.
+The list of models (urllib) and the WebSocket (websockets) use the same one. The two libraries' own rules differ.
 """
 
 import ipaddress
@@ -17,8 +16,8 @@ from websockets.uri import parse_uri
 def proxy_for(url: str) -> str | None:
     """Return the address of the HTTP proxy for a WebSocket address, or None.
 
-    Loopback and private addresses have none: no proxy elsewhere leads there. May ask for the host's address, which
-    takes time. Raises ValueError, with one line, where the settings name something that is no use.
+    Loopback and private addresses have none: a proxy elsewhere cannot reach them. The host's address may be looked up,
+    which takes time. Raises ValueError, with one line, where the settings name no HTTP proxy.
     """
     proxy = get_proxy(parse_uri(url))
     if proxy is None or _nearby(urlsplit(url).hostname):
@@ -34,7 +33,7 @@ def proxy_for(url: str) -> str | None:
 
 
 def through(url: str, proxy: str | None) -> str:
-    """Return the address, with the proxy on the way there, if any, and how to do without it."""
+    """Return the address for a message: with the proxy, if any, and how to avoid it."""
     if not proxy:
         return url
     settings = urllib.request.getproxies().items()
@@ -44,9 +43,9 @@ def through(url: str, proxy: str | None) -> str:
 
 
 def _nearby(host: str) -> bool:
-    """Does this name lead only to loopback, private, link-local and other addresses that are not the internet's?"""
+    """Has this name only addresses that are not public: loopback, private, link-local and others?"""
     try:
         found = {info[4][0].partition("%")[0] for info in socket.getaddrinfo(host, None)}
     except (OSError, UnicodeError):
-        return False  # behind some proxies, names mean something to the proxy alone
+        return False  # only the proxy can resolve some names
     return not any(ipaddress.ip_address(address).is_global for address in found)

@@ -1,4 +1,4 @@
-"""What was heard, kept in a file that grows while it is heard."""
+"""The microphone's audio in a file that grows while it is recorded."""
 
 from pathlib import Path
 
@@ -10,11 +10,10 @@ from .protocol import RATE
 
 
 class Recording:
-    """A new WAV or FLAC file, 16 kHz mono PCM16.
+    """A new WAV or FLAC file, 16 kHz mono PCM16. Raises UserError where it cannot be made, or exists.
 
-    A WAV file is whole at any moment; beyond 4 GiB (37 hours) it becomes RF64. A FLAC file whose process was killed
-    lacks its length, which does not keep it from being read. Raises UserError where it cannot be made; a file that is
-    there is left alone.
+    A WAV file is valid at any moment; beyond 4 GiB (37 hours) it becomes RF64. A FLAC file whose process was killed
+    lacks its length, but can be read.
     """
 
     def __init__(self, path: str | Path):
@@ -32,7 +31,7 @@ class Recording:
             self._flac = soundfile.SoundFile(self._file.fileno(), "w", RATE, 1, "PCM_16", format="FLAC", closefd=False)
 
     def write(self, pcm: bytes) -> None:
-        """Append PCM16 bytes. Raises OSError."""
+        """Append PCM16 bytes, 16 kHz mono. Raises OSError."""
         if self._flac:
             try:
                 self._flac.write(np.frombuffer(pcm, "<i2"))
@@ -40,7 +39,7 @@ class Recording:
                 raise OSError(error.error_string) from None
         else:
             self._put(len(wav.header(0, RATE)) + self._size, pcm)
-            self._put(0, wav.header(self._size + len(pcm), RATE))  # each time: libsndfile only does it when it closes
+            self._put(0, wav.header(self._size + len(pcm), RATE))  # each time: libsndfile does so only at the end
         self._size += len(pcm)
 
     def _put(self, position: int, data: bytes) -> None:
@@ -49,7 +48,7 @@ class Recording:
             data = data[self._file.write(data) :]
 
     def close(self) -> None:
-        """Finish the file; an empty one would only be in the way. Raises OSError."""
+        """Finish the file, and remove it if it is empty: it would prevent the next run. Raises OSError."""
         try:
             if self._flac:
                 self._flac.close()

@@ -1,19 +1,20 @@
-"""What a person sees: transcript on stdout, everything else on stderr, one live line at the bottom."""
+"""The terminal: transcript on stdout, everything else on stderr, one live line at the bottom."""
 
+import asyncio
 import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 
-from rich.cells import cell_len
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
 
 
 class Screen:
-    """Prints final text for good and keeps the partial words and a status line below it.
+    """Prints final text, and keeps the partial words and a status line below it.
 
-    On a terminal the text is wrapped at the window's width. Where stdout is a pipe or a file it
-    gets the plain text at once, and only a status line shows, if stderr is a terminal. `quiet`
-    leaves the status line out.
+    On a terminal the text is wrapped at the window's width. A pipe or a file on stdout gets the plain text at once;
+    then only the status line is shown, if stderr is a terminal. `quiet`: without the status line.
     """
 
     def __init__(self, quiet: bool = False):
@@ -38,14 +39,16 @@ class Screen:
             self._live.stop()
 
     def write(self, text: str) -> None:
-        """Print final text; the spaces and newlines in it are all there are."""
+        """Print final text as it is: no space or newline is added."""
         if not self._on_terminal:
             sys.stdout.write(text)
             sys.stdout.flush()
             return
-        self._line += text
-        while "\n" in self._line or cell_len(self._line) >= self._width:
-            self._print_line()
+        console = self._live.console
+        *full, rest = Text(self._line + text).wrap(console, max(20, console.width) - 1)
+        for line in full:
+            console.print(line)
+        self._line = rest.plain
         self._refresh()
 
     def show(self, partial: str = "", status: RenderableType = "") -> None:
@@ -53,28 +56,27 @@ class Screen:
         self._partial, self._status = partial, status
         self._refresh()
 
+    @asynccontextmanager
+    async def redrawn(self, content: Callable[[], tuple[str, RenderableType]]) -> AsyncIterator[None]:
+        """Show what `content()` returns (partial text, status line) five times a second, until the block ends."""
+
+        async def redraw() -> None:
+            while True:
+                self.show(*content())
+                await asyncio.sleep(0.2)
+
+        drawing = asyncio.create_task(redraw())
+        try:
+            yield
+        finally:
+            drawing.cancel()
+
     def say(self, message: str) -> None:
-        """Tell the user something on a line of its own, on stderr."""
+        """Print a message on a line of its own, on stderr."""
         if self._live:
             self._live.console.print(Text(message, style="yellow"))
         else:
             print(message, file=sys.stderr, flush=True)
-
-    @property
-    def _width(self) -> int:
-        return max(20, self._live.console.width)
-
-    def _print_line(self) -> None:
-        """Move the first line of the final text above the live part."""
-        line, newline, rest = self._line.partition("\n")
-        if cell_len(line) >= self._width:
-            cut = len(line)
-            while cut > 1 and cell_len(line[:cut]) >= self._width:
-                space = line.rfind(" ", 1, cut)
-                cut = space if space > 0 else cut - 1
-            line, rest = line[:cut], line[cut:].lstrip(" ") + newline + rest
-        self._live.console.print(Text(line))
-        self._line = rest
 
     def _refresh(self) -> None:
         if not self._live:

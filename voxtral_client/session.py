@@ -1,13 +1,12 @@
-"""The realtime protocol of vLLM's `/v1/realtime`, and nothing else: one WebSocket, one session.
+"""The realtime protocol of vLLM's `/v1/realtime`: one WebSocket, one session.
 
     -> session.update {model}            <- session.created
     -> input_audio_buffer.commit         starts the transcription
     -> input_audio_buffer.append {audio} <- transcription.delta, one for each 80 ms frame
     -> input_audio_buffer.commit {final} <- transcription.done {text, usage}
 
-Behaviour of vLLM 0.32.0, read in its `entrypoints/speech_to_text/realtime/` and run. Everything
-that can go wrong becomes one of two exceptions: `Refused` (trying again is useless) and
-`SessionLost` (a new session may go on where this one stopped).
+Behaviour of vLLM 0.32.0, from its `entrypoints/speech_to_text/realtime/` and from tests. Every error becomes one of two
+exceptions: `Refused` (trying again is useless) or `SessionLost` (a new session may continue where this one stopped).
 """
 
 import asyncio
@@ -27,34 +26,35 @@ import websockets
 from .protocol import DEFAULT_URL
 from .proxies import proxy_for, through
 
-ANSWER_SECONDS = 10.0  # for the handshake, for session.created, for /v1/models: a server that is well needs none
+ANSWER_SECONDS = 10.0  # limit for the handshake, session.created and /v1/models; usually they take milliseconds
 
 
 class Refused(Exception):
-    """The server will not do this, however often it is asked; the message is one line."""
+    """The server refuses this, and will refuse it again. The message is one line."""
 
 
 class SessionLost(Exception):
-    """The session is gone or was not granted; the message is one line.
+    """The session broke off or was not granted. The message is one line.
 
-    `busy`: the server is well but all its sessions are taken.
-    `absent`: nothing answered at all.
+    `busy`: the server works, but all its sessions are taken.
     """
 
-    def __init__(self, message: str, *, busy: bool = False, absent: bool = False):
+    def __init__(self, message: str, *, busy: bool = False):
         super().__init__(message)
         self.busy = busy
-        self.absent = absent
 
 
 def printable(text: object) -> str:
-    """Text of a server, safe for a terminal: control characters escaped, one line."""
+    """Return a server's text in one line that is safe for a terminal: control characters are escaped."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 @dataclass
 class Server:
-    """Where the endpoint is and how to get in. `url` is that of the WebSocket."""
+    """Address and key of the server. `url`: address of the WebSocket; `http://`, and no path, are completed.
+
+    Raises Refused where it is not an address.
+    """
 
     url: str = DEFAULT_URL
     api_key: str | None = None
@@ -62,7 +62,6 @@ class Server:
     _models: list[dict] = field(default_factory=list, init=False, repr=False)
 
     def __post_init__(self) -> None:
-        """Complete the address. Raises Refused where it is no WebSocket address."""
         parts = urlsplit(self.url)
         scheme = {"http": "ws", "https": "wss"}.get(parts.scheme, parts.scheme)
         try:
@@ -78,15 +77,15 @@ class Server:
 
     @property
     def headers(self) -> dict[str, str]:
-        """HTTP headers that carry the key."""
+        """HTTP headers with the key."""
         return {"Authorization": f"Bearer {self.api_key}"} if self.api_key else {}
 
     async def models(self) -> list[dict]:
-        """Return what the server serves, as `/v1/models` lists it.
+        """Return the server's models, as `/v1/models` lists them. Only the first call sends a request.
 
         Of each model: `id`; `max_model_len` in tokens, or None; `voxtral_speed`: True where a frame costs the same
-        however long the session is, which stock vLLM does not say. Asks only once. Raises Refused (wrong key,
-        not a vLLM server) or SessionLost (nobody there, not ready).
+        at any length of the session (stock vLLM lacks this field). Raises Refused (wrong key, not a vLLM server) or
+        SessionLost (no server there, or not ready).
         """
         parts = urlsplit(self.url)
         path = parts.path.removesuffix("/realtime") + "/models"
@@ -95,7 +94,7 @@ class Server:
         return self._models
 
     async def model(self, name: str | None = None) -> dict:
-        """Return the entry of `models` for `name` or the first. Raises Refused (no such model), or as `models`."""
+        """Return the entry of `models` for `name`, or the first. Raises Refused (no such model), or as `models`."""
         known = {entry["id"]: entry for entry in await self.models()}
         if not known:
             raise Refused(f"{self.url}: the server serves no model")
@@ -109,34 +108,23 @@ class Server:
         try:
             with self._get(url, proxy) as reply:
                 models = json.load(reply)["data"]
-                return [
-                    {
-                        "id": str(m["id"]),
-                        "max_model_len": m.get("max_model_len"),
-                        "voxtral_speed": m.get("voxtral_speed") is True,
-                    }
-                    for m in models
-                ]
+            optional = ("max_model_len", "voxtral_speed")
+            return [{"id": str(model["id"])} | {name: model.get(name) for name in optional} for model in models]
         except urllib.error.HTTPError as error:
             error.close()
             raise self._http_refusal(error.code, proxy) from None
-        except urllib.error.URLError as error:
-            if isinstance(error.reason, ssl.SSLCertVerificationError):
-                raise self._untrusted(error.reason) from None
-            if isinstance(error.reason, ssl.SSLError):
+        except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
+            reason = getattr(error, "reason", error)
+            if isinstance(reason, ssl.SSLError) and not isinstance(reason, ssl.SSLCertVerificationError):
                 raise Refused(f"{self.url}: the server does not speak TLS; write ws:// for wss://") from None
-            raise self._absent(error.reason, proxy) from None
-        except TimeoutError as error:
-            raise self._absent(error, proxy) from None
-        except ConnectionError as error:
-            if proxy:
-                raise self._absent(error, proxy) from None
-            raise Refused(f"{self.url}: the server hung up; if it speaks TLS, write wss:// for ws://") from None
+            if isinstance(error, ConnectionError) and not proxy:
+                raise Refused(f"{self.url}: the server hung up; if it speaks TLS, write wss:// for ws://") from None
+            raise self._no_connection(reason, proxy) from None
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
-            raise self._stranger() from None
+            raise Refused(f"{self.url}: not a vLLM realtime server") from None
 
     def _get(self, url: str, proxy: str | None) -> http.client.HTTPResponse:
-        """Return the reply to a GET, through `proxy` if there is one. Raises what urllib does."""
+        """Return the reply to a GET, through `proxy` if there is one. Raises urllib's errors."""
         request = urllib.request.Request(url, headers=self.headers)
         handlers = [urllib.request.ProxyHandler({request.type: proxy} if proxy else {})]
         if self.tls:
@@ -149,17 +137,13 @@ class Server:
         except ValueError as error:
             raise Refused(str(error)) from None
 
-    def _absent(self, reason: object, proxy: str | None) -> SessionLost:
+    def _no_connection(self, reason: object, proxy: str | None) -> Refused | SessionLost:
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return Refused(f"{self.url}: certificate not trusted ({reason.verify_message}); give it with --cafile FILE")
         why = printable(getattr(reason, "strerror", None) or reason)
         if proxy:
-            return SessionLost(f"{through(self.url, proxy)}: no answer ({why})", absent=True)
-        return SessionLost(f"{self.url}: no server answers there ({why}); start ./serve.sh", absent=True)
-
-    def _untrusted(self, error: ssl.SSLCertVerificationError) -> Refused:
-        return Refused(f"{self.url}: certificate not trusted ({error.verify_message}); give it with --cafile FILE")
-
-    def _stranger(self) -> Refused:
-        return Refused(f"{self.url}: not a vLLM realtime server")
+            return SessionLost(f"{through(self.url, proxy)}: no answer ({why})")
+        return SessionLost(f"{self.url}: no server answers there ({why}); start ./serve.sh")
 
     def _http_refusal(self, code: int, proxy: str | None) -> Refused | SessionLost:
         where = through(self.url, proxy)
@@ -182,8 +166,8 @@ class Server:
                 self.url,
                 additional_headers=self.headers,
                 ssl=self.tls,
-                max_size=None,  # `done` repeats the whole text
-                compression=None,  # base64 of sound hardly shrinks, and deflating costs both sides time
+                max_size=None,  # `done` contains the complete text
+                compression=None,  # base64 of audio hardly shrinks, and compression costs both sides time
                 close_timeout=1,
                 open_timeout=ANSWER_SECONDS,
                 proxy=proxy,
@@ -192,16 +176,14 @@ class Server:
             raise self._http_refusal(error.response.status_code, proxy) from None
         except (websockets.InvalidHandshake, websockets.InvalidMessage):
             raise SessionLost(f"{through(self.url, proxy)}: the handshake broke off") from None
-        except ssl.SSLCertVerificationError as error:
-            raise self._untrusted(error) from None
         except (OSError, TimeoutError) as error:
-            raise self._absent(error, proxy) from None
+            raise self._no_connection(error, proxy) from None
         try:
             session = Session(connection)
             await session.start(model)
             yield session
         finally:
-            # Aborting beats the closing handshake when the other side has gone silent.
+            # A server that hangs does not answer the closing handshake.
             try:
                 async with asyncio.timeout(2):
                     await connection.close()
@@ -211,7 +193,7 @@ class Server:
 
 @dataclass
 class Done:
-    """The server has finished: tokens it counted for this session."""
+    """The server has finished the session. The fields are its counts of tokens."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -242,11 +224,11 @@ class Session:
         await self._send("input_audio_buffer.append", audio=base64.b64encode(pcm).decode())
 
     async def finish(self) -> None:
-        """Say that no more audio comes; the server then flushes what it holds back. Raises SessionLost."""
+        """End the audio; the server then sends the last deltas and `done`. Raises SessionLost."""
         await self._send("input_audio_buffer.commit", final=True)
 
     async def receive(self) -> str | Done:
-        """Return the text of the next frame (mostly empty), or Done. Safe to cancel.
+        """Return the text of the next frame (mostly empty), or Done. It can be cancelled without loss.
 
         Raises Refused or SessionLost, also for an `error` event.
         """

@@ -1,7 +1,7 @@
 """Formats of transcripts: text, SubRip, WebVTT, TSV, JSON, JSON lines. A file is valid at any moment while it grows.
 
-SubRip has no standard; WebVTT's is https://www.w3.org/TR/webvtt1/. Limits of a cue follow common
-broadcast guidelines: two lines of 42 characters, 1 to 7 seconds.
+SubRip has no standard; WebVTT's is https://www.w3.org/TR/webvtt1/. Limits of a cue follow common broadcast
+guidelines: two lines of 42 characters, 1 to 7 seconds.
 """
 
 import json
@@ -9,7 +9,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from .timeline import Word
 
@@ -18,25 +18,26 @@ PAUSE = 0.6  # seconds of silence that end a cue
 SENTENCE_ENDS = tuple(".!?…。！？")
 
 
-@dataclass
+@dataclass(frozen=True)
 class Limits:
-    """Largest size of a cue. Whoever sets them does so before the first writer is made."""
+    """Largest size of a cue."""
 
     lines: int = 2
-    columns: int = 42  # characters a line
+    columns: int = 42  # characters in a line
 
 
 LIMITS = Limits()
 
 
 class Cues:
-    """Groups words into cues. A cue is a list of words."""
+    """Groups words into cues within `limits`. A cue is a list of words."""
 
-    def __init__(self) -> None:
+    def __init__(self, limits: Limits = LIMITS) -> None:
+        self.limits = limits
         self.open: list[Word] = []  # the cue that still grows
 
     def add(self, word: Word) -> tuple[list[Word], float] | None:
-        """Add a word; return the cue that it ended, with the time in seconds at which that must be gone."""
+        """Add a word; return the cue that it ended, if any, and the time in seconds at which that cue must be over."""
         if not self.open or not self._ends_before(word):
             self.open.append(word)
             return None
@@ -45,7 +46,7 @@ class Cues:
 
     def _ends_before(self, word: Word) -> bool:
         start, end, text = self.open[0].start, self.open[-1].end, text_of(self.open)
-        if word.end - start > LONGEST or len(wrap(text + word.text)) > LIMITS.lines:
+        if word.end - start > LONGEST or len(wrap(text + word.text, self.limits.columns)) > self.limits.lines:
             return True
         if word.start - start < SHORTEST:
             return False
@@ -57,14 +58,14 @@ def text_of(words: list[Word]) -> str:
     return "".join(word.text for word in words).strip()
 
 
-def wrap(text: str) -> list[str]:
-    """Break text into lines of at most LIMITS.columns characters."""
-    return textwrap.wrap(text, LIMITS.columns, break_on_hyphens=False)
+def wrap(text: str, columns: int) -> list[str]:
+    """Break text into lines of at most `columns` characters."""
+    return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
-def span(cue: list[Word], gone: float = float("inf")) -> tuple[float, float]:
-    """Return start and end of a cue in seconds: long enough to be read, over before `gone`."""
-    return cue[0].start, min(max(cue[-1].end, cue[0].start + SHORTEST), gone)
+def span(cue: list[Word], over: float = float("inf")) -> tuple[float, float]:
+    """Return start and end of a cue in seconds: at least SHORTEST long, but over at `over` seconds."""
+    return cue[0].start, min(max(cue[-1].end, cue[0].start + SHORTEST), over)
 
 
 def timestamp(seconds: float, mark: str) -> str:
@@ -75,22 +76,23 @@ def timestamp(seconds: float, mark: str) -> str:
 
 
 class Writer:
-    """Base of all formats: a file whose end is written anew for each word, so that it is always whole.
+    """Base of all formats: a file whose end is rewritten for each word, so that it is always valid.
 
-    Standard output is only ever appended to.
+    Standard output is only appended to. `file` is unbuffered, so that an error is raised at once; `standard`: it is
+    standard output. `limits` matter to formats that are made of cues.
     """
 
-    def __init__(self, file: BinaryIO, standard: bool = False):
-        """`file`: unbuffered, so that an error is known at once; `standard`: it is standard output."""
+    def __init__(self, file: BinaryIO, standard: bool = False, limits: Limits = LIMITS):
         self._file, self._standard = file, standard
-        self._fixed, self._end = 0, b""  # bytes that stay, and what stands behind them
+        self._fixed, self._end = 0, b""  # number of bytes that stay, and the bytes after them
+        self._cues = Cues(limits)
 
     def write(self, word: Word) -> None:
         """Add a final word. Raises OSError; the file is then as it was before."""
         raise NotImplementedError
 
     def close(self, **summary: object) -> None:
-        """Finish the file. `summary` goes into formats that have a place for it. Raises OSError."""
+        """Finish the file. JSON formats contain `summary`. Raises OSError."""
         try:
             self._finish(summary)
         finally:
@@ -98,7 +100,7 @@ class Writer:
                 self._file.close()
 
     def abandon(self) -> None:
-        """Leave the file as it is."""
+        """Close the file as it is."""
         self._file.close()
 
     def _finish(self, summary: dict) -> None:
@@ -114,7 +116,7 @@ class Writer:
         try:
             self._replace_end(data + tail)
         except OSError:
-            with suppress(OSError):  # the disk is full, but for what stood there before there is room
+            with suppress(OSError):  # the disk is full, but there is room for the previous end
                 self._replace_end(self._end)
             raise
         self._fixed, self._end = self._fixed + len(data), tail
@@ -130,7 +132,7 @@ class Writer:
 
 
 class TextWriter(Writer):
-    """The plain transcript, on standard output as that shows it."""
+    """The plain transcript, on standard output in its encoding."""
 
     _any = False
 
@@ -150,9 +152,9 @@ class CueWriter(Writer):
 
     HEAD = ""
 
-    def __init__(self, file: BinaryIO, standard: bool = False):
-        super().__init__(file, standard)
-        self._cues, self._number = Cues(), 1
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
+        self._number = 1  # of the cue that still grows
         self._put(self.HEAD)
 
     def write(self, word: Word) -> None:
@@ -165,19 +167,19 @@ class CueWriter(Writer):
     def _finish(self, summary: dict) -> None:
         self._put(self._cue(self._cues.open) if self._cues.open else "")
 
-    def _cue(self, cue: list[Word], gone: float = float("inf")) -> str:
-        """Return the cue numbered `self._number`, which must be over before `gone` (seconds)."""
+    def _cue(self, cue: list[Word], over: float = float("inf")) -> str:
+        """Return the cue with the number `self._number`, which must be over at `over` seconds."""
         raise NotImplementedError
 
 
 class SubRipWriter(CueWriter):
-    """SRT. It has no escapes: what players take for markup is replaced by look-alikes."""
+    """SRT. It has no escapes: similar characters replace those that players take for markup."""
 
     MARK = ","
 
-    def _cue(self, cue: list[Word], gone: float = float("inf")) -> str:
-        start, end = span(cue, gone)
-        lines = "\n".join(self._escape(line) for line in wrap(text_of(cue)))
+    def _cue(self, cue: list[Word], over: float = float("inf")) -> str:
+        start, end = span(cue, over)
+        lines = "\n".join(self._escape(line) for line in wrap(text_of(cue), self._cues.limits.columns))
         return f"{self._number}\n{timestamp(start, self.MARK)} --> {timestamp(end, self.MARK)}\n{lines}\n\n"
 
     def _escape(self, line: str) -> str:
@@ -198,8 +200,8 @@ class TsvWriter(CueWriter):
 
     HEAD = "start\tend\ttext\n"
 
-    def _cue(self, cue: list[Word], gone: float = float("inf")) -> str:
-        start, end = (round(1000 * seconds) for seconds in span(cue, gone))
+    def _cue(self, cue: list[Word], over: float = float("inf")) -> str:
+        start, end = (round(1000 * seconds) for seconds in span(cue, over))
         return f"{start}\t{end}\t{' '.join(text_of(cue).split())}\n"
 
 
@@ -208,8 +210,8 @@ class JsonWriter(Writer):
 
     _separator = ""
 
-    def __init__(self, file: BinaryIO, standard: bool = False):
-        super().__init__(file, standard)
+    def __init__(self, *arguments: Any, **options: Any):
+        super().__init__(*arguments, **options)
         self._put('{"words": [', "]}\n")
 
     def write(self, word: Word) -> None:
@@ -223,9 +225,9 @@ class JsonWriter(Writer):
 
 
 class JsonLinesWriter(Writer):
-    """JSON lines: {"text", "start", "end", "session"} for each word that is final; {"complete", ...summary} last.
+    """JSON lines: {"text", "start", "end", "session"} for each final word; {"complete", ...summary} last.
 
-    The words' `text` begins with the space that stands before them: joined they are the transcript, in any script.
+    A word's `text` begins with the space before the word: joined they are the transcript, in any script.
     """
 
     def write(self, word: Word) -> None:

@@ -1,4 +1,4 @@
-"""One transcription over as many sessions as it takes: resume, rollover, watchdog.
+"""One transcription over as many sessions as necessary: resume, rollover, watchdog.
 
                  ready
     CONNECTING --------> LISTENING --------------------------> DONE
@@ -11,8 +11,8 @@
         +--------------------- WAITING ----> GaveUp  (nothing new transcribed for `give_up_after` s)
                                              Refused (trying again is useless)
 
-Every arrow into CONNECTING goes on from the commit point of the `Timeline`: audio from there on
-is sent again, and the partial words after it are replaced. A word is yielded once, when it is final.
+Every arrow into CONNECTING continues from the commit point of the `Timeline`: audio from there on is sent again, and
+the partial words after it are replaced. A word is yielded once, when it is final.
 """
 
 import asyncio
@@ -25,32 +25,33 @@ from .session import Done, Server, Session, SessionLost
 from .timeline import WORDLESS_SECONDS, Timeline, Word
 
 AHEAD = 5 * RATE  # audio in flight to the server: enough to keep it busy, little to send again
-PIECE = RATE // 4  # audio in one message at most
+PIECE = RATE // 4  # most audio in one message
 ROLLOVER_SECONDS = 75.0  # on a stock server a frame costs more with every frame before it (docs/performance.md)
-FLAT_ROLLOVER_SECONDS = 300.0  # where it does not: eight sessions of that length still fit beside each other on 12 GB
-STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for some more
-BLANKS_SECONDS = 20.0  # speech without a word: nobody talks so long without one of the model's languages
-BLANKS_MAX_SECONDS = 80.0  # music and noise are examined less and less often; three times this must fit KEEP
+FLAT_ROLLOVER_SECONDS = 300.0  # where it does not: eight sessions of that length fit on 12 GB
+STALL_SECONDS = 20.0  # a loaded server answers within 1 s; a first request may compile for longer
+BLANKS_SECONDS = 20.0  # sound without a word: nobody speaks one of the model's languages for so long without one
+BLANKS_MAX_SECONDS = 80.0  # music and noise are confirmed less and less often; three times this must fit KEEP
 KEEP_SECONDS = 300.0  # live audio kept through an outage: 9.6 MB
 GIVE_UP_SECONDS = 120.0  # a server restart takes a minute, a first start up to three
-MAX_DELAY = 3 * RATE  # a model with the longest delay (2.4 s) waits for so much audio before it speaks
-FLUSH = RATE // 4  # `done` is complete if it speaks of so much beyond the input (the server adds 0.8 s)
+MAX_DELAY = 3 * RATE  # a model with the longest delay (2.4 s) receives this much audio before its first delta
+FLUSH = RATE // 4  # `done` is complete if the deltas reach this far beyond the input (the server adds 0.8 s)
 PROMPT_TOKENS = 80  # of a session's length: start, padding and delay (39 at 480 ms), and reserve
 
 
 class GaveUp(Exception):
-    """Nothing was achieved for too long; what was committed has been yielded."""
+    """There was no progress for too long. All final words have been yielded."""
 
 
 class Transcriber:
-    """Words with times of an audio stream, whatever happens to the sessions underneath.
+    """Yields the words of an audio stream with their times, whatever happens to its sessions.
 
         transcriber = Transcriber(server)
         await transcriber.open()
         async for word in transcriber.words(chunks): ...
 
-    `live`: the audio comes at its own pace and cannot be held back (a microphone).
-    `notify(state, message)` is told of every change; states are those of the module's docstring.
+    `live`: the audio comes at its own pace and cannot wait (a microphone).
+    `notify(state, message)` is called for every change. States: those in the module's docstring, and AUDIO_LOST.
+    `missing`: spans (start, end) of the input, in seconds, that were never transcribed.
     """
 
     def __init__(
@@ -64,26 +65,24 @@ class Transcriber:
         rollover_after: float | None = None,
         stall_after: float = STALL_SECONDS,
         blanks_after: float = BLANKS_SECONDS,
-        keep: float = KEEP_SECONDS,
         session_limit: float | None = None,
         numbers: Iterator[int] | None = None,
         impatient: bool = False,
     ):
-        """All times in seconds. `session_limit`: longest session in place of the server's own.
+        """All times are in seconds. `session_limit`: longest session, in place of the server's own limit.
 
-        `rollover_after` (default: ROLLOVER_SECONDS, on a server whose frames all cost the same FLAT_ROLLOVER_SECONDS,
-        or half the limit if that is less) is the age at which a session ends at the next pause; at four times that, or
-        at the limit, it ends without one.
-        `numbers` gives the sessions their numbers. `impatient`: raise SessionLost where the first session
-        of all is refused because the server is busy, in place of waiting.
+        `rollover_after` is the age at which a session ends at the next pause; at four times that, or at the limit, it
+        ends without one. Default: ROLLOVER_SECONDS, or FLAT_ROLLOVER_SECONDS on a server whose frames all cost the
+        same, but at most half the limit.
+        `numbers`: source of the sessions' numbers. `impatient`: raise SessionLost, in place of waiting, where the
+        server refuses the first session because it is busy.
         """
         self.timeline = Timeline(numbers)
         self.sessions = self.completion_tokens = 0
-        self.lost: list[tuple[float, float]] = []  # spans of input that were never transcribed
+        self.missing: list[tuple[float, float]] = []
         self._server, self._model, self._live, self._notify = server, model, live, notify
         self._give_up_after, self._rollover_after = give_up_after, rollover_after
-        self._stall_after, self._blanks_after, self._keep = stall_after, blanks_after, int(keep * RATE)
-        self._patience = blanks_after
+        self._stall_after, self._blanks_after, self._blanks_limit = stall_after, blanks_after, blanks_after
         self._session_limit, self._impatient = session_limit, impatient
         self._prompt = 0  # tokens of a session's prompt, as the server counts them
         self._last_delta = 0.0
@@ -92,7 +91,7 @@ class Transcriber:
         self._more = asyncio.Event()  # audio or room for it has come
 
     async def open(self) -> None:
-        """Ask the server what it serves. Raises Refused or SessionLost where it cannot be used."""
+        """Ask the server for its model and limits. Raises Refused or SessionLost where it cannot be used."""
         self._notify("CONNECTING", "")
         model = await self._server.model(self._model)
         self._model, tokens = model["id"], model["max_model_len"]
@@ -104,7 +103,7 @@ class Transcriber:
 
     @property
     def prompt_tokens(self) -> int:
-        """Tokens of all prompts so far, once a session has been counted by the server."""
+        """Number of tokens in all prompts so far; 0 until the server has counted a session."""
         return self._prompt * self.sessions
 
     @property
@@ -115,10 +114,10 @@ class Transcriber:
     async def words(self, chunks: AsyncIterator[bytes]) -> AsyncIterator[Word]:
         """Yield the words of `chunks` (PCM16 bytes, 16 kHz mono) as they become final.
 
-        Raises Refused or GaveUp, or SessionLost if impatient; all final words have been yielded by then, the rest is in
-        `timeline.partial`. Exceptions of `chunks` come through, after the words before them.
+        Raises Refused or GaveUp, or SessionLost if impatient; all final words have been yielded by then, the others are
+        in `timeline.partial`. Exceptions of `chunks` are raised after the words before them.
         """
-        intake = asyncio.create_task(self._hear(chunks))
+        intake = asyncio.create_task(self._take_in(chunks))
         try:
             async with aclosing(self._sessions()) as words:
                 async for word in words:
@@ -129,7 +128,7 @@ class Transcriber:
             await asyncio.gather(intake, return_exceptions=True)
 
     async def _sessions(self) -> AsyncIterator[Word]:
-        """Run one session after the other until the input is transcribed."""
+        """Run one session after another until the input is transcribed."""
         timeline, clock = self.timeline, asyncio.get_running_loop().time
         since, failures, furthest = clock(), 0, 0
         while await self._audio_there():
@@ -144,7 +143,7 @@ class Transcriber:
                     try:
                         while await self._step(session):
                             if feeding.done():
-                                feeding.result()  # raises: a fault of ours is no silence of the server
+                                feeding.result()  # raises an error in this program, which is not the server's
                             for word in timeline.take():
                                 yield word
                     finally:
@@ -152,13 +151,13 @@ class Transcriber:
                         await asyncio.gather(feeding, return_exceptions=True)
             except SessionLost as error:
                 trouble = error
-            if timeline.transcribed > furthest or self._idle():  # what is transcribed once more is no progress
+            if timeline.transcribed > furthest or self._idle():  # audio transcribed again is no progress
                 failures, furthest = 0, max(furthest, timeline.transcribed)
             for word in timeline.take():
                 yield word
             if trouble is None:
                 self._notify("CONNECTING", "")
-            elif trouble.busy:  # the server is well: waiting for a slot is no failure
+            elif trouble.busy:  # the server works: waiting for a slot is no failure
                 if self._impatient and self.sessions == 1:
                     raise trouble
                 failures = 0
@@ -174,7 +173,7 @@ class Transcriber:
         self._notify("DONE", "")
 
     async def _step(self, session: Session) -> bool:
-        """Book the next delta; return False where a new session should go on. Raises SessionLost."""
+        """Process the next delta; return False where a new session must continue. Raises Refused or SessionLost."""
         timeline, clock = self.timeline, asyncio.get_running_loop().time
         committed = timeline.committed
         try:
@@ -187,7 +186,7 @@ class Transcriber:
             if clock() - self._last_delta > self._stall_after:
                 raise SessionLost(f"no answer for {self._stall_after:g} s") from None
         if timeline.transcribed < timeline.committed:
-            return False  # the audio it is working on was dropped
+            return False  # the audio that it transcribes was dropped
         if delta is None:
             return True
         self._last_delta = clock()
@@ -199,32 +198,32 @@ class Transcriber:
         return not self._needs_new_session(delta, committed)
 
     def _needs_new_session(self, delta: str, committed_before: int) -> bool:
-        """Decide on rollover and on the run of blanks, and commit what can be."""
+        """Is it time for a rollover, or has the model been blank for too long? Commits where there is no pause."""
         timeline = self.timeline
         age = timeline.session_length / RATE
         if age > self._session_limit:
             timeline.commit_between_words()
             return True
         if self._ended and self._sent >= timeline.received:
-            return False  # a few frames more, and all is done
+            return False  # only a few frames are left
         if age > self._rollover_after and timeline.committed > committed_before:
             return True
-        if age > 4 * self._rollover_after:  # talk without a pause, or music under it
+        if age > 4 * self._rollover_after:  # speech without a pause, or with music
             timeline.commit_between_words()
             return True
-        self._patience = self._blanks_after if delta else self._patience
+        self._blanks_limit = self._blanks_after if delta else self._blanks_limit
         wordless_sound = timeline.wordless_sound()
-        if wordless_sound > self._patience or (
-            timeline.wordless() > 3 * self._patience and wordless_sound > WORDLESS_SECONDS
+        if wordless_sound > self._blanks_limit or (
+            timeline.wordless() > 3 * self._blanks_limit and wordless_sound > WORDLESS_SECONDS
         ):
             self._notify("CONNECTING", f"no words in {wordless_sound:.0f} s of sound: asking a new session")
-            self._patience = min(2 * self._patience, BLANKS_MAX_SECONDS)
+            self._blanks_limit = min(2 * self._blanks_limit, BLANKS_MAX_SECONDS)
             timeline.suspect_blanks()
             return True
         return False
 
     def _finish(self, done: Done) -> bool:
-        """Book the end of a session that the server ended. Returns False. Raises SessionLost."""
+        """Process the end of a session that the server ended. Returns False. Raises SessionLost."""
         if self.timeline.session_length == 0:
             raise SessionLost("the server ended the session without a word")
         self._prompt = done.prompt_tokens
@@ -237,24 +236,25 @@ class Transcriber:
                 raise SessionLost("the server ended the session before any word was final")
         return False
 
-    async def _hear(self, chunks: AsyncIterator[bytes]) -> None:
-        """Take in the audio, a file no faster than the server understands it."""
+    async def _take_in(self, chunks: AsyncIterator[bytes]) -> None:
+        """Add the audio to the timeline, that of a file no faster than the server transcribes it."""
         try:
             async for pcm in chunks:
                 while not self._live and self.timeline.received - self.timeline.transcribed > 2 * AHEAD:
                     await self._wait()
                 self.timeline.add_audio(pcm)
                 self._more.set()
-                if lost := self.timeline.drop_oldest(self._keep):
-                    self.lost.append((lost[0] / RATE, lost[1] / RATE))
-                    span = f"{lost[0] / RATE:.1f} to {lost[1] / RATE:.1f} s"
-                    self._notify("LOST", f"audio from {span} is lost: the server was away for too long")
+                if lost := self.timeline.drop_oldest(round(KEEP_SECONDS * RATE)):
+                    start, end = lost[0] / RATE, lost[1] / RATE
+                    self.missing.append((start, end))
+                    message = f"audio from {start:.1f} to {end:.1f} s is lost: the server was away for too long"
+                    self._notify("AUDIO_LOST", message)
         finally:
             self._ended = True
             self._more.set()
 
     async def _feed(self, session: Session) -> None:
-        """Send the audio from `_sent` on, never more than AHEAD before the deltas."""
+        """Send the audio from `_sent` on, at most AHEAD before the deltas."""
         try:
             while self._sent >= self.timeline.committed:  # else that audio was dropped
                 room = self.timeline.transcribed + AHEAD - self._sent
@@ -267,16 +267,16 @@ class Transcriber:
                 else:
                     await self._wait()
         except SessionLost:
-            pass  # the receiving side sees it too, after what had arrived before
+            pass  # `_step` raises it too, after the deltas that came before
 
     async def _audio_there(self) -> bool:
-        """Wait for audio to send; return False if there is none to come."""
+        """Wait for audio to send; return False if no more comes."""
         while self.timeline.received <= self.timeline.committed and not self._ended:
             await self._wait()
         return self.timeline.received > self.timeline.committed
 
     def _idle(self) -> bool:
-        """Has the session spoken, and has it nothing left to work on because the input pauses?"""
+        """Has the session answered, and nothing left to transcribe because the input pauses?"""
         timeline = self.timeline
         return not self._ended and timeline.session_length > 0 and timeline.received - timeline.transcribed < MAX_DELAY
 

@@ -1,24 +1,25 @@
 """The headers of WAV files, read and written: https://www.mmsp.ece.mcgill.ca/Documents/AudioFormats/WAVE/WAVE.html
 
-Read here, because FFmpeg believes the lengths in them, which recorders that die leave wrong, and keeps 64 KiB of a
-stream back before it says a word. Longer than 4 GiB a file is RF64 (EBU Tech 3306).
+They are read here, because FFmpeg relies on the lengths in them, which are wrong after a recorder was killed, and
+because it buffers 64 KiB of a stream before it yields audio. A file of more than 4 GiB is RF64 (EBU Tech 3306).
 """
 
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 
-UNKNOWN = 0x7F00_0000  # bytes; programs that write into a pipe promise this much and more
-LONGEST_CHUNK = 1 << 26  # bytes; longer than any that describes
+UNKNOWN = 0x7F00_0000  # bytes; programs that write into a pipe put this length, or a larger one, into the header
+FORMS = (b"RIFF", b"RF64")  # the first four bytes of a file
+LONGEST_CHUNK = 1 << 26  # bytes; no chunk of metadata is longer
 CODES = {(1, 8): "u8", (1, 16): "s16le", (1, 24): "s24le", (1, 32): "s32le", (3, 32): "f32le", (3, 64): "f64le",
          (6, 8): "alaw", (7, 8): "mulaw"}  # fmt: skip
 
 
 @dataclass
 class Wav:
-    """What a header says. `form`: FFmpeg's name of the samples, None where they are compressed.
+    """Content of a header. `form`: FFmpeg's name of the sample format, None for a compressed one.
 
-    `size`: bytes of sound to come, None where the header does not know.
+    `rate`: samples a second. `size`: bytes of samples that follow, None where the header does not give it.
     """
 
     form: str | None
@@ -29,12 +30,12 @@ class Wav:
 
 
 def read_header(take: Callable[[int], bytes]) -> tuple[Wav | None, bytes]:
-    """Read up to the first sample. Returns what the header says (None: this is no WAV), and the bytes read.
+    """Read up to the first sample. Return the header's content (None: this is not WAV), and the bytes read.
 
     `take(n)` returns the next n bytes, fewer at the end.
     """
     head, wav, long_size = take(12), None, None
-    if head[:4] not in (b"RIFF", b"RF64") or head[8:] != b"WAVE":
+    if head[:4] not in FORMS or head[8:] != b"WAVE":
         return None, head
     while len(start := take(8)) == 8:
         head += start
@@ -57,18 +58,13 @@ def read_header(take: Callable[[int], bytes]) -> tuple[Wav | None, bytes]:
 
 
 def is_chunk(start: bytes) -> bool:
-    """Do these 8 bytes behind the sound begin a chunk of another kind, or end the file? Otherwise they are sound."""
+    """Do these 8 bytes after the samples begin another chunk, or end the file? Otherwise they are samples."""
     return len(start) < 8 or (start[:4].isascii() and start[:4].decode().isprintable()
                               and int.from_bytes(start[4:], "little") < LONGEST_CHUNK)  # fmt: skip
 
 
-def is_another(start: bytes) -> bool:
-    """Do these 8 bytes behind the sound begin another WAV file?"""
-    return start[:4] in (b"RIFF", b"RF64")
-
-
 def header(size: int, rate: int) -> bytes:
-    """Return a header of 80 bytes for `size` bytes of mono PCM16; beyond 4 GiB the JUNK in it becomes RF64's sizes."""
+    """Return a header of 80 bytes for `size` bytes of mono PCM16; beyond 4 GiB it has RF64's sizes in place of JUNK."""
     form = struct.pack("<4sIHHIIHH", b"fmt ", 16, 1, 1, rate, 2 * rate, 2, 16)
     if size + 72 < 1 << 32:
         riff = struct.pack("<4sI4s4sI28x", b"RIFF", size + 72, b"WAVE", b"JUNK", 28)

@@ -1,54 +1,56 @@
 """Measure how many live streams the server holds, and how late their words are.
 
-Streams are paced as microphones would. The lag of a frame of 80 ms is the time from sending the audio it
-needs to its arrival; the model's own delay (480 ms by default) comes on top.
+Streams are paced like microphones. The lag of a frame of 80 ms is the time from sending the audio that it needs to
+its arrival. The model's own delay (480 ms by default) is not included.
 """
 
 import argparse
 import asyncio
 import json
+import math
 import os
 import sys
 import time
 from pathlib import Path
 
 from voxtral_client import UserError
-from voxtral_client.cli import Parser, add_server_options, run, seconds, server_from
+from voxtral_client.cli import Parser, add_server_options, count, positive, run, server_from
 from voxtral_client.media import AudioFile
 from voxtral_client.protocol import FRAME
 from voxtral_client.screen import Screen
 from voxtral_client.session import Refused, SessionLost
 
-from .figures import find_limit, holds, processes_for, summary, unbroken
+from .figures import find_limit, holds, summary, unbroken
 from .load import delay_tokens
 from .plot import svg
 
 HERE = Path(__file__).resolve().parent.parent  # the folder of both packages
 SAMPLE = HERE / "tests" / "tiny_checkpoint" / "sample.wav"
 RESERVED = 90  # of a session's tokens: its prompt, and the end that the server adds
-SPANS = ("lag_ms", "last_quarter_ms")
+STREAMS_PER_PROCESS = 32  # a quarter of a core (measured: 7 ms for each second of a stream)
+MORE_SESSIONS = "start it with a larger MAX_NUM_SEQS"
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options; exits with 2 where they make no sense."""
+    """Return the options; exits with 2 for wrong usage."""
     parser = Parser(__doc__)
-    parser.add_argument("audio", nargs="*", metavar="FILE", help="what the streams say (default: the sample)")
+    parser.add_argument("audio", nargs="*", metavar="FILE", help="audio of the streams (default: the sample)")
     parser.add_argument(
-        "--streams", type=numbers, default=[1], metavar="N[,N...]", help="streams at once, in one or several runs"
+        "--streams", type=counts, default=[1], metavar="N[,N...]", help="streams at once, in one or several runs"
     )
     parser.add_argument(
-        "--duration", type=seconds, default=30.0, metavar="SECONDS", help="of each run (default: %(default).0f)"
+        "--duration", type=positive, default=30.0, metavar="SECONDS", help="of each run (default: %(default).0f)"
     )
     parser.add_argument("--find-limit", action="store_true", help="search for the most streams, from --streams on")
     parser.add_argument(
         "--max-lag",
-        type=milliseconds,
+        type=positive,
         metavar="MS",
-        help="with --find-limit: for the last quarter's 95th percentile (default: 200)",
+        help="with --find-limit: limit of the last quarter's 95th percentile (default: 200)",
     )
-    parser.add_argument("--unpaced", action="store_true", help="send as fast as the server takes it: throughput")
+    parser.add_argument("--unpaced", action="store_true", help="send as fast as the server accepts it: throughput")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw the last quarter's lag over the number of streams")
-    parser.add_argument("--processes", type=int, metavar="N", help="of this client (default: by streams and cores)")
+    parser.add_argument("--processes", type=count, metavar="N", help="of this client (default: by streams and cores)")
     add_server_options(parser)
     options = parser.parse_args(argv)
     if options.unpaced and (options.find_limit or options.plot):
@@ -58,33 +60,22 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.find_limit and len(options.streams) > 1:
         parser.error("--find-limit starts from one number: --streams N")
     if options.plot and not options.plot.lower().endswith(".svg"):
-        parser.error(f"--plot {options.plot}: the picture is an SVG: name it so")
-    if options.processes is not None and options.processes < 1:
-        parser.error("--processes must be 1 or more")
+        parser.error(f"--plot {options.plot}: the picture is an SVG: end the name in .svg")
     if not options.audio and not SAMPLE.exists():
         parser.error("the sample is not installed: give a FILE of audio")
     if options.duration < 4:
-        parser.error("--duration must be 4 seconds or more: the last quarter is looked at by itself")
+        parser.error("--duration must be 4 seconds or more: the last quarter has figures of its own")
+    options.audio = options.audio or [str(SAMPLE)]
     return options
 
 
-def numbers(text: str) -> list[int]:
-    """Parse numbers of streams."""
-    found = [int(part) for part in text.split(",")]
-    if min(found) < 1:
-        raise argparse.ArgumentTypeError(f"{text}: must be 1 or more")
-    return found
-
-
-def milliseconds(text: str) -> float:
-    """Parse a positive number of milliseconds."""
-    if not float(text) > 0:
-        raise argparse.ArgumentTypeError(f"{text}: must be more than 0 ms")
-    return float(text)
+def counts(text: str) -> list[int]:
+    """Parse numbers of streams. Raises ArgumentTypeError or ValueError."""
+    return [count(part) for part in text.split(",")]
 
 
 class Benchmark:
-    """Runs, their table on stdout, remarks on stderr."""
+    """Runs, with their table on stdout and remarks on stderr. `delay`: the model's, in tokens of 80 ms."""
 
     def __init__(self, options: argparse.Namespace, screen: Screen):
         self.options, self.screen = options, screen
@@ -92,7 +83,7 @@ class Benchmark:
         self.model, self.delay = "", 0
 
     async def open(self) -> None:
-        """Ask the server what it is, and make it warm. Raises Refused or SessionLost."""
+        """Ask the server for its model, and let it warm up. Raises Refused or SessionLost."""
         server, options = server_from(self.options), self.options
         model = await server.model(options.model)
         self.model, tokens = model["id"], model["max_model_len"]
@@ -105,8 +96,11 @@ class Benchmark:
         await self.settle()
 
     async def settle(self) -> None:
-        """Wait until a short session goes through, so that a run does not find the one before still at work."""
-        for left in reversed(range(10)):
+        """Wait until the server accepts a short session: it may still be working on the run before.
+
+        Raises Refused where all sessions stay taken, or as a session.
+        """
+        for _ in range(10):
             try:
                 server = server_from(self.options)
                 self.delay = await delay_tokens(server, self.model, self.options.give_up_after)
@@ -114,61 +108,44 @@ class Benchmark:
             except SessionLost as error:
                 if not error.busy:
                     raise
-            if not left:
-                raise Refused(
-                    "all sessions of the server are taken: stop its other clients, or start it with a larger "
-                    "MAX_NUM_SEQS"
-                )
             await asyncio.sleep(0.5)
+        raise Refused(f"all sessions of the server are taken: stop its other clients, or {MORE_SESSIONS}")
 
     async def measure(self, streams: int) -> dict:
-        """Run `streams` streams, print their row and return their figures."""
+        """Run `streams` streams, print their row and return their figures (see `summary`). Raises Refused."""
         if self.runs:
             await self.settle()
-        options, clock = self.options, time.monotonic
+        options = self.options
         begin = ramp(streams) if not options.unpaced else 0.0
         end = begin + options.duration
         starts = [
             (number, begin * number / streams + number * 0.618034 % 1 * 0.08 if begin else 0.0)
             for number in range(streams)
         ]
-        processes = min(streams, options.processes or processes_for(streams, os.cpu_count() or 1))
-        job = {
-            "server": {name: getattr(options, name) for name in SERVER_OPTIONS},
-            "audio": [str(Path(path).resolve()) for path in options.audio or [SAMPLE]],
-            "model": self.model,
-            "delay_tokens": self.delay,
-            "paced": not options.unpaced,
-            "end": end,
-        }
+        enough = math.ceil(streams / STREAMS_PER_PROCESS)
+        processes = min(streams, options.processes or max(1, min((os.cpu_count() or 1) - 1, enough)))
+        job = {"options": vars(options), "model": self.model, "delay_tokens": self.delay, "end": end}
         jobs = [job | {"streams": starts[number::processes]} for number in range(processes)]
-        started = clock()
+        started = time.monotonic()
 
-        async def redraw() -> None:
-            while True:
-                self.screen.show("", f"{streams} streams: {clock() - started:.0f} s of about {end:.0f}")
-                await asyncio.sleep(0.5)
+        def status() -> tuple[str, str]:
+            return "", f"{streams} streams: {time.monotonic() - started:.0f} s of about {end:.0f}"
 
-        drawing = asyncio.create_task(redraw())
-        try:
+        async with self.screen.redrawn(status):
             figures = summary(await run_jobs(jobs), streams, begin, end, paced=not options.unpaced)
-        finally:
-            drawing.cancel()
         self.runs.append(figures)
         self.screen.write(row(figures, options.unpaced, first=len(self.runs) == 1))
         self.remark(figures)
         return figures
 
     def remark(self, figures: dict) -> None:
-        """Say what the figures alone would not tell."""
+        """Report what the figures do not show: refused and broken streams, a client that is too slow."""
         streams, client = figures["streams"], figures["client"]
         if busy := figures["busy"]:
-            self.screen.say(
-                f"the server is full: it took {streams - busy} of {streams} streams; for more start it with a larger "
-                "MAX_NUM_SEQS"
-            )
-        for reason, count in figures["broken"].items():
-            self.screen.say(f"{count} of {streams} streams broke off: {reason}")
+            taken = f"the server is full: it took {streams - busy} of {streams} streams"
+            self.screen.say(f"{taken}; for more {MORE_SESSIONS}")
+        for reason, broken in figures["broken"].items():
+            self.screen.say(f"{broken} of {streams} streams broke off: {reason}")
         if client["is_limit"] and not self.options.unpaced:
             self.screen.say(
                 f"with {streams} streams this client was too slow to measure the server: its sends were up to "
@@ -177,18 +154,16 @@ class Benchmark:
             )
 
 
-SERVER_OPTIONS = ("url", "api_key", "cafile", "insecure", "give_up_after")
-
-
 def ramp(streams: int) -> float:
-    """Return the seconds over which the streams are started: not all at once, as people do not."""
+    """Return the time in seconds over which the streams are started: people do not start all at once."""
     return min(5.0, 0.05 * streams) + 0.1
 
 
 async def run_jobs(jobs: list[dict]) -> list[dict]:
-    """Run each job in a process of its own, all from the same moment; return their results."""
+    """Run each job in its own process, all from the same moment; return their results. Raises Refused."""
     command = [sys.executable, "-m", "voxtral_measure.load"]
-    pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE, "cwd": HERE}
+    pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
+    pipes |= {"env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}}  # a clone is not installed
     # In sessions of their own Ctrl+C does not reach them while they start.
     workers = [await asyncio.create_subprocess_exec(*command, **pipes, start_new_session=True) for _ in jobs]
     try:
@@ -199,7 +174,7 @@ async def run_jobs(jobs: list[dict]) -> list[dict]:
             worker.stdin.write(b"go\n")
         output = await asyncio.gather(*(worker.stdout.read() for worker in workers))
         if not all(ready) or not all(output):
-            raise Refused("a process of this client ended early; what it said stands above")
+            raise Refused("a process of this client ended early; see its message above")
         return [json.loads(text) for text in output]
     finally:
         for worker in workers:
@@ -209,7 +184,7 @@ async def run_jobs(jobs: list[dict]) -> list[dict]:
 
 
 def row(figures: dict, unpaced: bool, first: bool) -> str:
-    """Return a run's line of the table, the first with the table's head."""
+    """Return a run's line of the table; the first includes the table's head."""
     streams, client = figures["streams"], figures["client"]
     if unpaced:
         speed = figures["times_real_time"]
@@ -219,12 +194,13 @@ def row(figures: dict, unpaced: bool, first: bool) -> str:
     title = "".join(f"{name:>7}" for name in names)
     head = f"{'':7}  {'lag, ms':>28}  {'of the last quarter':>28}  {'client':>6}\n"
     head += f"{'streams':>7}  {title}  {title}  {'core':>6}\n"
-    spans = ("".join(f"{(figures[span] or {}).get(name, float('nan')):7.0f}" for name in names) for span in SPANS)
-    return (head if first else "") + f"{streams:7}  {'  '.join(spans)}  {100 * client['busiest_core']:4.0f} %\n"
+    spans = (figures[span] or dict.fromkeys(names, math.nan) for span in ("lag_ms", "last_quarter_ms"))
+    lags = "  ".join("".join(f"{span[name]:7.0f}" for name in names) for span in spans)
+    return (head if first else "") + f"{streams:7}  {lags}  {100 * client['busiest_core']:4.0f} %\n"
 
 
 async def limit(benchmark: Benchmark) -> dict:
-    """Search for the most streams; return the number and what set it: lag, sessions, breaks or client."""
+    """Search for the most streams; return {"limit", "limited_by", "max_lag_ms"}. Raises as `Benchmark.measure`."""
     max_lag = benchmark.options.max_lag or 200.0
     granted, reasons = 10**9, {}
 
@@ -246,20 +222,20 @@ async def limit(benchmark: Benchmark) -> dict:
     by = reasons[min(streams for streams in reasons if streams > most)]
     text = {
         "lag": f"the last quarter's p95 is over {max_lag:.0f} ms",
-        "MAX_NUM_SEQS": "the server grants no more sessions (start it with a larger MAX_NUM_SEQS)",
+        "MAX_NUM_SEQS": f"the server grants no more sessions ({MORE_SESSIONS})",
         "broken streams": "streams break off",
-        "client": "this client is too slow to say what the server can",
+        "client": "this client is too slow to measure the server",
     }[by]
     benchmark.screen.write(f"{most} live streams held; with {min(n for n in reasons if n > most)}, {text}\n")
     return {"limit": most, "limited_by": by, "max_lag_ms": max_lag}
 
 
 async def main_loop(options: argparse.Namespace) -> int:
-    """Run what was asked for and return the exit code."""
+    """Run the benchmark and return the exit code."""
     for path in options.audio:
-        _ = AudioFile(path).seconds  # says at once what is wrong
+        _ = AudioFile(path).seconds  # reports at once what is wrong
     if options.plot:
-        Path(options.plot).touch()  # says at once if it cannot be written
+        Path(options.plot).touch()  # reports at once if it cannot be written
     found = {}
     with Screen() as screen:
         benchmark = Benchmark(options, screen)
@@ -269,8 +245,7 @@ async def main_loop(options: argparse.Namespace) -> int:
         else:
             for streams in options.streams:
                 await benchmark.measure(streams)
-        delay = 80 * benchmark.delay
-        about = {"model": benchmark.model, "delay_ms": delay, "duration": options.duration}
+        about = {"model": benchmark.model, "delay_ms": 80 * benchmark.delay, "duration": options.duration}
         if options.plot:
             points = [(run["streams"], run["last_quarter_ms"]) for run in benchmark.runs if run["last_quarter_ms"]]
             if not points:

@@ -1,17 +1,18 @@
-"""Recordings with what is said in them: folders and manifests of the usual forms.
+"""Recordings with their reference texts: folders and manifests in the usual forms.
 
 | form | audio | text | group |
 | --- | --- | --- | --- |
 | LibriSpeech | `ID.flac` (or another format) | a line `ID TEXT` in the folder's `*.trans.txt` | the speaker |
-| folder | any file | a file of the same name ending in `.txt` | the folder it lies in |
+| folder | any file | a file of the same name ending in `.txt` | the folder that holds it |
 | CSV, TSV (with a head line) | a column | a column | a column, if there is one |
 | JSONL | a field | a field | a field, if there is one |
 
-Columns and fields may have any of the names below, which are those of Common Voice, NeMo and Hugging Face.
-Paths in a manifest are relative to it.
+The constants list the accepted names of columns and fields: those of Common Voice, NeMo and Hugging Face.
+Paths in a manifest are relative to its folder.
 """
 
 import csv
+import functools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -27,7 +28,7 @@ NOT_AUDIO = (".txt", ".json", ".srt", ".vtt", ".csv", ".tsv", ".jsonl", ".md")
 
 @dataclass(frozen=True)
 class Utterance:
-    """A recording: its name in reports, where it is, what is said, and the group it counts in."""
+    """A recording: its name in reports, its path, its reference text, and the group in which it is counted."""
 
     name: str
     audio: Path
@@ -36,7 +37,10 @@ class Utterance:
 
 
 def utterances(path: str | Path) -> list[Utterance]:
-    """Return the recordings that a folder or a manifest names. Raises UserError for what makes no sense."""
+    """Return the recordings in a folder or a manifest.
+
+    Raises UserError where it is missing, empty, malformed or not UTF-8, or names a recording twice.
+    """
     path = Path(path)
     if not path.exists():
         raise UserError(f"{path}: no such folder or manifest")
@@ -45,8 +49,8 @@ def utterances(path: str | Path) -> list[Utterance]:
     except UnicodeDecodeError:
         raise UserError(f"{path}: the texts are not UTF-8") from None
     if not found:
-        wanted = "audio files with texts beside them (talk.wav and talk.txt)" if path.is_dir() else "lines"
-        raise UserError(f"{path}: no {wanted} there")
+        needed = "audio files with texts beside them (talk.wav and talk.txt)" if path.is_dir() else "lines"
+        raise UserError(f"{path}: no {needed} there")
     names = [item.name for item in found]
     if len(set(names)) < len(names):
         raise UserError(f"{path}: {max(names, key=names.count)} is named twice")
@@ -54,33 +58,26 @@ def utterances(path: str | Path) -> list[Utterance]:
 
 
 def _folder(folder: Path) -> Iterator[Utterance]:
-    libri, beside = sorted(folder.rglob("*.trans.txt")), _Beside()
+    audio_in = functools.cache(_audio_in)  # corpora have tens of thousands of files in one folder
+    libri = sorted(folder.rglob("*.trans.txt"))
     for transcript in libri:
         for line in transcript.read_text(encoding="utf-8").splitlines():
             name, _, text = line.partition(" ")
-            audio = beside(transcript, name)
+            audio = audio_in(transcript.parent).get(name)
             if name and audio is None:
                 raise UserError(f"{transcript}: there is no audio {name} beside it")
             if name:
                 yield Utterance(name, audio, text, name.split("-")[0])
     for text in sorted(folder.rglob("*.txt")) if not libri else ():
-        if audio := beside(text, text.stem):
+        if audio := audio_in(text.parent).get(text.stem):
             name, group = (str(p.relative_to(folder)) for p in (audio, text.parent))
             yield Utterance(name, audio, text.read_text(encoding="utf-8").strip(), group)
 
 
-class _Beside:
-    """Finds the audio beside a text. Each folder is read once: corpora have tens of thousands of files in one."""
-
-    def __init__(self) -> None:
-        self._folders: dict[Path, dict[str, Path]] = {}
-
-    def __call__(self, text: Path, name: str) -> Path | None:
-        """Return the first audio file in the folder of `text` that is called `name` and an ending."""
-        if text.parent not in self._folders:
-            audio = (path for path in sorted(text.parent.iterdir(), reverse=True) if path.suffix not in NOT_AUDIO)
-            self._folders[text.parent] = {path.stem: path for path in audio}
-        return self._folders[text.parent].get(name)
+def _audio_in(folder: Path) -> dict[str, Path]:
+    """Return the audio files in a folder by their name without its ending; of several the first."""
+    audio = (path for path in sorted(folder.iterdir(), reverse=True) if path.suffix not in NOT_AUDIO)
+    return {path.stem: path for path in audio}
 
 
 def _manifest(path: Path) -> Iterator[Utterance]:

@@ -1,60 +1,56 @@
 """Measure the server's word error rate on recordings whose text is known, and compare two measurements.
 
 evaluate.py recordings/ --json int4.json       talk.wav with talk.txt beside it; or LibriSpeech's layout
-evaluate.py test.csv --json bf16.json          columns audio, text and, if you like, speaker; also .tsv, .jsonl
+evaluate.py test.csv --json bf16.json          columns audio, text and optionally speaker; also .tsv, .jsonl
 evaluate.py --compare bf16.json int4.json      side by side
 """
 
 import argparse
-import asyncio
+import itertools
 import json
-import time
 from contextlib import aclosing
 from pathlib import Path
 
 from voxtral_client import UserError
-from voxtral_client.cli import Interrupts, Parser, add_server_options, run, server_from
+from voxtral_client.cli import Interrupts, Parser, add_server_options, count, run, server_from
 from voxtral_client.media import AudioFile
 from voxtral_client.pool import Pool, Stopped, uncut
 from voxtral_client.screen import Screen
 from voxtral_client.timeline import Word
-from voxtral_client.transcriber import Transcriber
 
 from . import word_errors
 from .corpus import utterances
 
-INSTALL = ".venv/bin/python -m pip install -r requirements-evaluate.txt"
+REQUIREMENTS = Path(__file__).resolve().parent.parent / "requirements-evaluate.txt"  # in a clone
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the options; exits with 2 where they make no sense."""
+    """Return the options; exits with 2 for wrong usage."""
     parser = Parser(__doc__)
     parser.add_argument("corpus", nargs="?", metavar="PATH", help="folder of recordings and texts, or a manifest")
-    parser.add_argument("--json", metavar="OUT.json", help="keep the run, all texts included")
-    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="print two kept runs side by side")
+    parser.add_argument("--json", metavar="OUT.json", help="save the run with all texts")
+    parser.add_argument("--compare", nargs=2, metavar=("A.json", "B.json"), help="print two saved runs side by side")
     parser.add_argument(
         "--normalize",
         choices=word_errors.NORMALIZERS,
         help="before counting: english (Whisper's, default: case, spelling, numbers as digits), basic (case and "
         "punctuation, for other languages), none",
     )
-    parser.add_argument("--parallel", type=int, metavar="N", help="recordings at once (default: 8)")
+    parser.add_argument("--parallel", type=count, metavar="N", help="recordings at once (default: 8)")
     parser.add_argument("--worst", type=int, default=10, metavar="N", help="recordings to show (default: %(default)s)")
     add_server_options(parser)
     options = parser.parse_args(argv)
     if (options.corpus is None) == (options.compare is None):
-        parser.error("give a folder or manifest to measure, or --compare with two kept runs")
+        parser.error("give a folder or manifest to measure, or --compare with two saved runs")
     if options.compare and (options.json or options.normalize or options.parallel):
-        parser.error("--compare takes two kept runs as they are: no --json, --normalize, --parallel")
-    if options.parallel is not None and options.parallel < 1:
-        parser.error("--parallel must be 1 or more")
+        parser.error("--compare takes two saved runs as they are: no --json, --normalize, --parallel")
     if options.worst < 0:
         parser.error("--worst must be 0 or more")
     return options
 
 
 def percent(entry: dict) -> str:
-    """Return a count's error rate."""
+    """Return the error rate of a count."""
     wer = word_errors.rate(entry)
     return "    -  " if wer is None else f"{100 * wer:5.2f} %"
 
@@ -69,16 +65,13 @@ HEAD = f"{'':40}  {'words':>7}  {'subst.':>6}  {'delet.':>6}  {'insert.':>6}  {'
 
 
 def table(files: list[dict], worst: int) -> str:
-    """Return the table of a run: the worst files with their errors, the groups, and all."""
-    ranked = sorted(files, key=lambda entry: -sum(entry[kind] for kind in word_errors.KINDS))
-    shown = [entry for entry in ranked[:worst] if sum(entry[kind] for kind in word_errors.KINDS)]
-    text = ""
-    for entry in shown:
-        aligned = word_errors.alignment(entry["reference"], entry["hypothesis"])
-        text += f"{HEAD if not text else ''}{row(entry['name'], entry)}{aligned}\n\n"
+    """Return the table of a run: the `worst` files with their errors, the groups, and the total."""
+    ranked = sorted(filter(word_errors.errors, files), key=word_errors.errors, reverse=True)[:worst]
+    text = HEAD if ranked else ""
+    for entry in ranked:
+        text += f"{row(entry['name'], entry)}{word_errors.alignment(entry['reference'], entry['hypothesis'])}\n\n"
     text += HEAD
-    by_group = word_errors.groups(files)
-    for group, entries in by_group.items() if len(by_group) > 1 else ():
+    for group, entries in word_errors.groups(files).items():
         text += row(group, word_errors.add(entries))
     return text + row(f"all {len(files)} recordings", word_errors.add(files))
 
@@ -91,52 +84,32 @@ async def evaluate(options: argparse.Namespace) -> int:
     normalize, server = word_errors.normalizer(name), server_from(options)
     hypotheses, scored, failed = [""] * len(corpus), set(), set()
     if options.json:
-        Path(options.json).touch()  # says at once if it cannot be written
+        Path(options.json).touch()  # reports at once if it cannot be written
     with Screen() as screen:
-        said = set()
-
-        def notify(state: str, message: str) -> None:
-            if message and message not in said:
-                screen.say(message)
-            said.add(message)
-
-        def make(impatient: bool) -> Transcriber:
-            settings = {"model": options.model, "give_up_after": options.give_up_after, "notify": notify}
-            return Transcriber(server, impatient=impatient, **settings)
-
-        await make(False).open()  # says at once what is wrong
+        model = (await server.model(options.model))["id"]  # reports at once what is wrong
         interrupts = Interrupts(screen.say)
-        pool = Pool(make, options.parallel or 8, interrupts.stop, say=screen.say)
-        pieces = (piece for number, source in enumerate(sources) for piece in uncut(number, source))
-        started = time.monotonic()
+        settings = {"model": model, "give_up_after": options.give_up_after}
+        pool = Pool(server, options.parallel or 8, interrupts.stop, screen.say, **settings)
 
-        async def redraw() -> None:
-            while True:
-                screen.show("", f"{len(scored)}/{len(corpus)} recordings, {pool.transcribed:.0f} s of audio")
-                await asyncio.sleep(0.5)
+        def status() -> tuple[str, str]:
+            return "", f"{len(scored)}/{len(corpus)} recordings, {pool.transcribed:.0f} s of audio"
 
-        drawing = asyncio.create_task(redraw())
-        try:
-            async with aclosing(pool.run(pieces)) as items:
-                async for piece, item in items:
-                    if isinstance(item, Word):
-                        hypotheses[piece.file] += item.text
-                        continue
-                    if item is None:
-                        scored.add(piece.file)
-                    elif not isinstance(item, Stopped):
-                        failed.add(piece.file)
-                        screen.say(f"error: {item}")
-        finally:
-            drawing.cancel()
-        took = time.monotonic() - started
+        async with screen.redrawn(status), aclosing(pool.run(itertools.starmap(uncut, enumerate(sources)))) as items:
+            async for piece, item in items:
+                if isinstance(item, Word):
+                    hypotheses[piece.file] += item.text
+                elif item is None:
+                    scored.add(piece.file)
+                elif not isinstance(item, Stopped):
+                    failed.add(piece.file)
+                    screen.say(f"error: {item}")
         files = []
         for number, item in enumerate(corpus):
             if number in scored:
                 reference, hypothesis = normalize(item.text), normalize(hypotheses[number])
                 entry = {"name": item.name, "group": item.group} | word_errors.count(reference, hypothesis)
                 files.append(entry | {"reference": reference, "hypothesis": hypothesis})
-        screen.say(f"{pool.received:.0f} s of audio in {took:.0f} s: {pool.received / took:.1f} x real time")
+        screen.say(pool.speed)
         if files:
             screen.write(table(files, options.worst))
         if failed:
@@ -145,7 +118,6 @@ async def evaluate(options: argparse.Namespace) -> int:
         if left:
             screen.say(f"{left} of {len(corpus)} recordings were not reached and are not counted")
         if options.json and files:
-            model = (await server.model(options.model))["id"]
             about = {"corpus": options.corpus, "model": model, "normalize": name, "failed": len(failed), "left": left}
             kept = about | {"all": word_errors.add(files), "files": files}
             Path(options.json).write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
@@ -155,17 +127,17 @@ async def evaluate(options: argparse.Namespace) -> int:
 
 
 def load(path: str) -> dict:
-    """Return a kept run. Raises UserError where the file is none."""
+    """Return a saved run. Raises UserError for another file, OSError where it cannot be read."""
     try:
-        kept = json.loads(Path(path).read_text(encoding="utf-8"))
-        assert {"normalize", "files", "all"} <= set(kept)
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        assert {"normalize", "files", "all"} <= set(saved)
     except (ValueError, AssertionError, TypeError):
-        raise UserError(f"{path}: not a run that --json has kept") from None
-    return kept
+        raise UserError(f"{path}: not a run that --json has saved") from None
+    return saved
 
 
 def compare(paths: list[str], worst: int) -> str:
-    """Return two kept runs side by side. Raises UserError where they cannot be compared."""
+    """Return the table of two saved runs side by side. Raises UserError where they cannot be compared."""
     first, second = map(load, paths)
     if first["normalize"] != second["normalize"]:
         raise UserError(f"the runs were normalised differently: {first['normalize']} and {second['normalize']}")
@@ -181,16 +153,15 @@ def compare(paths: list[str], worst: int) -> str:
         delta = "-" if None in wers else f"{100 * (wers[1] - wers[0]):+.2f} %"
         return f"{name[:40]:40}  {a['words']:7}  {percent(a):>12}  {percent(b):>12}  {delta:>12}\n"
 
-    def delta(pair: tuple[dict, dict]) -> int:
-        return sum(pair[1][kind] - pair[0][kind] for kind in word_errors.KINDS)
+    def change(pair: tuple[dict, dict]) -> int:
+        return abs(word_errors.errors(pair[1]) - word_errors.errors(pair[0]))
 
-    changed = sorted((pair for pair in pairs if delta(pair)), key=lambda pair: -abs(delta(pair)))
+    changed = sorted(filter(change, pairs), key=change, reverse=True)
     for a, b in changed[:worst]:
         text += line(a["name"], a, b)
     if changed:
         text += f"({len(changed)} of {len(pairs)} recordings differ)\n\n"
-    by_group = word_errors.groups([entry for entry, _ in pairs])
-    for group, entries in by_group.items() if len(by_group) > 1 else ():
+    for group, entries in word_errors.groups([entry for entry, _ in pairs]).items():
         text += line(group, word_errors.add(entries), word_errors.add(others[entry["name"]] for entry in entries))
     text += line(f"all {len(pairs)} recordings", *(word_errors.add(pair[side] for pair in pairs) for side in (0, 1)))
     low, high = word_errors.interval(pairs)
@@ -200,12 +171,13 @@ def compare(paths: list[str], worst: int) -> str:
 
 
 async def main_loop(options: argparse.Namespace) -> int:
-    """Do what was asked for and return the exit code."""
+    """Measure or compare, and return the exit code."""
     if options.compare:
         print(compare(options.compare, options.worst), end="")
         return 0
     if word_errors.jiwer is None:
-        raise UserError(f"jiwer and whisper-normalizer are missing: {INSTALL}")
+        needed = f"-r {REQUIREMENTS}" if REQUIREMENTS.exists() else "'voxtral-at-home[evaluate]'"
+        raise UserError(f"jiwer and whisper-normalizer are missing: pip install {needed}")
     return await evaluate(options)
 
 

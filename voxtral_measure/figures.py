@@ -1,6 +1,5 @@
-"""The arithmetic of benchmark.py: from lags to figures, and the search for the most streams."""
+"""The arithmetic of benchmark.py: figures from lags, and the search for the most streams."""
 
-import math
 from collections import Counter
 from collections.abc import Awaitable, Callable
 
@@ -22,8 +21,8 @@ def spread(lags: list[float]) -> dict[str, float] | None:
 def summary(results: list[dict], streams: int, begin: float, end: float, paced: bool = True) -> dict:
     """Return the figures of one run from the results of its processes (voxtral_measure.load.run).
 
-    All streams were there from `begin` to `end` (seconds from the job's start); the last quarter is that of this span.
-    Only paced streams have a lag.
+    All streams ran from `begin` to `end` (seconds from the job's start); the last quarter is that of this span. Only
+    paced streams have a lag. Units are in the figures' names; "busy" and "broken" count streams.
     """
     lags = [pair for result in results for pair in result["lags"] if paced]
     late = [late for result in results for late in result["late"]]
@@ -75,8 +74,3 @@ async def find_limit(measure: Callable[[int], Awaitable[bool]], start: int = 1, 
         else:
             bad = streams
     return good
-
-
-def processes_for(streams: int, cores: int) -> int:
-    """Return how many processes to use: 32 streams take a quarter of a core (measured: 7 ms a stream-second)."""
-    return max(1, min(cores - 1, math.ceil(streams / 32)))

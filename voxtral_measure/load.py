@@ -1,13 +1,13 @@
-"""Live streams for a benchmark: audio paced as by microphones, and the lag of every frame.
+"""Live streams for a benchmark: audio paced like microphones, and the lag of every frame.
 
     python -m voxtral_measure.load        one process of benchmark.py
 
-reads a job (a line of JSON) on stdin, writes "ready", waits for a line, and writes its results as a
-line of JSON. Sessions are raw: one that breaks is not resumed but counted, with the reason.
+reads a job (a line of JSON) on stdin, writes "ready", waits for a line, and writes its results as a line of JSON.
+A session that breaks is not resumed; it is counted with its reason.
 
-Frame k (from 0) needs audio up to 0.0825 + 0.08 (delay tokens + k) seconds: 0.5625 + 0.08 k at the
-usual 480 ms (vLLM 0.32.0, `voxtral_realtime.py`: delay, the frame itself, 2.5 ms of look-ahead). Its
-lag is the time from sending the message that completed this audio to the arrival of delta k.
+Frame k (from 0) needs audio up to 0.0825 + 0.08 (delay tokens + k) seconds: 0.5625 + 0.08 k at the usual 480 ms
+(vLLM 0.32.0, `voxtral_realtime.py`: delay, the frame itself, 2.5 ms of look-ahead). Its lag is the time from sending
+the message that completed this audio to the arrival of delta k.
 """
 
 import argparse
@@ -27,35 +27,32 @@ from voxtral_client.protocol import FRAME, RATE
 from voxtral_client.session import Done, Refused, Server, Session, SessionLost
 
 CHUNK = FRAME / RATE  # seconds of audio in a message: a frame, so that each delta waits for a message of its own
-AUDIO_SECONDS = 300  # of the files given: enough variety, and it stays in memory
-AHEAD = 5.0  # seconds of audio in flight without pacing, as voxtral_client.transcriber does it
-PATIENCE = 10.0  # seconds to wait for the deltas that are missing when the audio has ended
+AUDIO_SECONDS = 300  # of the given files: enough variety, and it fits in memory
+AHEAD = 5.0  # seconds of audio in flight without pacing, as in voxtral_client.transcriber
+DRAIN_SECONDS = 10.0  # how long to wait for missing deltas after the end of the audio
 PROMPT_TOKENS = 33  # of a session's prompt before its delay tokens
 
 
 @dataclass
 class Stream:
-    """One live stream. Times in seconds of the loop's clock.
+    """One live stream. Times are in seconds of the event loop's clock.
 
-    `outcome`: "" (all is well), "busy" (the server has no session free) or why it broke off.
+    `outcome`: "" (no error), "busy" (the server has no free session) or why it broke off.
     """
 
     start: float
     end: float
-    offset: int  # where in the audio it begins, in samples
+    offset: int  # the sample of the audio at which it begins
     paced: bool
     give_up_after: float
     sent: list[float] = field(default_factory=list)  # of each message
     arrived: list[float] = field(default_factory=list)  # of each delta
-    late: list[float] = field(default_factory=list)  # of each message: how far this process, not the server, was behind
+    late: list[float] = field(default_factory=list)  # of each message: the delay that this process caused
     closed: float = 0.0
     outcome: str = ""
 
     async def run(self, server: Server, model: str, pcm: bytes) -> None:
-        """Stream `pcm` (PCM16, over and over; its first frame stands again at its end) from `start` to `end`.
-
-        What the session raises becomes the outcome.
-        """
+        """Stream `pcm` (see `read`) from `start` to `end`, repeatedly. An error of the session becomes the outcome."""
         await asyncio.sleep(self.start - asyncio.get_running_loop().time())
         try:
             async with server.session(model) as session:
@@ -75,11 +72,11 @@ class Stream:
         clock = asyncio.get_running_loop().time
         at = 2 * self.offset
         begun = free = clock()
-        for number in range(1, self.messages + 1):
-            due = begun + number * CHUNK  # a microphone has it when its last sample was spoken
+        for number in range(1, max(1, round((self.end - self.start) / CHUNK)) + 1):
+            due = begun + number * CHUNK  # when a microphone would have recorded its last sample
             if self.paced:
                 await asyncio.sleep(max(0.0, due - clock()))
-                # Time for which the server did not take the last message is the server's lag, not ours.
+                # While the server does not accept the previous message, the delay is the server's.
                 self.late.append(clock() - max(due, free))
                 self.sent.append(due + self.late[-1])
             else:
@@ -92,7 +89,7 @@ class Stream:
         await session.finish()
 
     async def _receive(self, session: Session, sending: asyncio.Task) -> None:
-        """Note when deltas arrive, until the last, or until the patience with it ends."""
+        """Record when deltas arrive, until the last one, at most DRAIN_SECONDS after the audio. Raises SessionLost."""
         clock = asyncio.get_running_loop().time
         ended = None
         while True:
@@ -111,19 +108,14 @@ class Stream:
                 self.arrived.append(clock())
             elif clock() - max([self.start, *self.arrived[-1:]]) > self.give_up_after:
                 raise SessionLost(f"no answer for {self.give_up_after:.0f} s")
-            if ended is not None and self.paced and clock() - ended > PATIENCE:
+            if ended is not None and self.paced and clock() - ended > DRAIN_SECONDS:
                 return
 
-    @property
-    def messages(self) -> int:
-        """How many messages the whole stream has."""
-        return max(1, round((self.end - self.start) / CHUNK))
-
     def lags(self, delay_tokens: int) -> list[tuple[float, float]]:
-        """Return for each frame (moment when its audio had been sent, lag), in seconds.
+        """Return for each frame (time at which its audio had been sent, lag), in seconds.
 
-        Frames that never came count with the time for which they were waited: leaving them out would flatter
-        a server that is far behind.
+        Frames that never came count with the time until the session's end: without them the figures of a server that
+        is far behind would be too good.
         """
         found = []
         for frame in itertools.count():
@@ -135,7 +127,10 @@ class Stream:
 
 
 async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
-    """Return the model's delay in tokens of 80 ms, from a session of a second of silence. Raises as a session."""
+    """Return the model's delay in tokens of 80 ms, from a session with one second of silence.
+
+    Raises Refused, or SessionLost, also after `give_up_after` seconds without an answer.
+    """
     try:
         async with asyncio.timeout(give_up_after), server.session(model) as session:
             await session.send(bytes(2 * RATE))
@@ -148,9 +143,9 @@ async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
 
 
 def read(paths: list[str]) -> bytes:
-    """Return the audio of the files one after the other, PCM16, AUDIO_SECONDS at most, and its first frame again.
+    """Return the audio of the files one after another, PCM16 at 16 kHz, AUDIO_SECONDS at most.
 
-    Raises AudioError.
+    The first frame is repeated at the end, so that messages can wrap around. Raises AudioError.
     """
     pcm = bytearray()
     for block in itertools.chain.from_iterable(AudioFile(path).blocks() for path in paths):
@@ -163,36 +158,34 @@ def read(paths: list[str]) -> bytes:
 
 async def run(job: dict, pcm: bytes) -> dict:
     """Run the streams of a job (see benchmark.py); return what was measured, times relative to the job's start."""
-    server = server_from(argparse.Namespace(**job["server"]))
+    options = argparse.Namespace(**job["options"])
+    server, samples = server_from(options), len(pcm) // 2 - FRAME
     begun, cpu = asyncio.get_running_loop().time(), time.process_time()
-    give_up_after = job["server"]["give_up_after"]
-    samples = len(pcm) // 2 - FRAME
+    shared = {"end": begun + job["end"], "paced": not options.unpaced, "give_up_after": options.give_up_after}
     streams = [
-        Stream(begun + start, begun + job["end"], round(number * 0.618034 % 1 * samples), job["paced"], give_up_after)
+        Stream(begun + start, offset=round(number * 0.618034 % 1 * samples), **shared)
         for number, start in job["streams"]
     ]
     async with asyncio.TaskGroup() as tasks:
         for stream in streams:
             tasks.create_task(stream.run(server, job["model"], pcm))
-    took = asyncio.get_running_loop().time() - begun
-    cpu = time.process_time() - cpu
     return {
         "lags": [(round(at - begun, 4), round(lag, 5)) for s in streams for at, lag in s.lags(job["delay_tokens"])],
         "late": [round(late, 5) for stream in streams for late in stream.late],
         "frames": [len(stream.arrived) for stream in streams],
         "last": max((stream.arrived[-1] for stream in streams if stream.arrived), default=begun) - begun,
         "outcomes": [stream.outcome for stream in streams],
-        "cpu": cpu,
-        "seconds": took,
+        "cpu": time.process_time() - cpu,
+        "seconds": asyncio.get_running_loop().time() - begun,
     }
 
 
 def main() -> None:
-    """Run one job from stdin. Ctrl+C is benchmark.py's affair."""
+    """Run one job from stdin. benchmark.py handles Ctrl+C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     job = json.loads(sys.stdin.readline())
     try:
-        pcm = read(job["audio"])
+        pcm = read(job["options"]["audio"])
     except AudioError as error:
         sys.exit(f"error: {error}")
     print("ready", flush=True)

@@ -1,4 +1,4 @@
-"""Lag over the number of streams as an SVG picture, drawn without a library: clients stay light."""
+"""Lag over the number of streams as an SVG picture, drawn without a library, so that the clients stay small."""
 
 import math
 from html import escape
@@ -24,40 +24,43 @@ def svg(title: str, points: list[tuple[int, dict]], max_lag: float | None = None
         share = (math.log10(max(lag, 10**floor)) - floor) / (roof - floor)
         return round(HEIGHT - BOTTOM - share * (HEIGHT - TOP - BOTTOM), 1)
 
-    parts = [f'<text class="title" x="{LEFT}" y="26">{escape(title)}</text>']
+    parts: list[str] = []
+    right, middle = WIDTH - RIGHT, 'text-anchor="middle"'
+
+    def text(x: float, y: float, content: object, attributes: str = "") -> None:
+        parts.append(f'<text x="{x}" y="{y}" {attributes}>{escape(str(content))}</text>')
+
+    def level(lag: float, attributes: str) -> None:
+        parts.append(f'<line x1="{LEFT}" x2="{right}" y1="{y(lag)}" y2="{y(lag)}" {attributes}/>')
+
+    text(LEFT, 26, title, 'class="title"')
+    text((LEFT + right) / 2, HEIGHT - 10, "live streams", middle)
+    text(LEFT - 48, TOP - 14, "lag, ms")
     for power in range(floor, roof + 1):
         for step in (1, 2, 5) if power < roof else (1,):
             lag = step * 10.0**power
-            parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(lag)}" y2="{y(lag)}"/>')
-            parts.append(f'<text x="{LEFT - 8}" y="{y(lag) + 4}" text-anchor="end">{lag:g}</text>')
+            level(lag, 'class="grid"')
+            text(LEFT - 8, y(lag) + 4, f"{lag:g}", 'text-anchor="end"')
     taken = -math.inf
     for streams, _ in points:
-        if x(streams) - taken >= 28:
+        if x(streams) - taken >= 28:  # numbers must not overlap
             taken = x(streams)
-            parts.append(f'<text x="{taken}" y="{HEIGHT - BOTTOM + 20}" text-anchor="middle">{streams}</text>')
+            text(taken, HEIGHT - BOTTOM + 20, streams, middle)
+    labels: list[float] = []
     if max_lag:
-        parts.append(
-            f'<line x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y(max_lag)}" y2="{y(max_lag)}" stroke="#888" '
-            f'stroke-dasharray="5 4"/><text x="{WIDTH - RIGHT + 10}" y="{y(max_lag) + 4}">limit {max_lag:g} ms</text>'
-        )
-    ends: list[float] = [y(max_lag)] if max_lag else []
+        level(max_lag, 'stroke="#888" stroke-dasharray="5 4"')
+        labels.append(y(max_lag))
+        text(right + 10, labels[0] + 4, f"limit {max_lag:g} ms")
     for name, color in CURVES:
         line = [(x(streams), y(figures[name])) for streams, figures in points]
-        parts.append(
-            f'<polyline points="{" ".join(f"{a},{b}" for a, b in line)}" fill="none" stroke="{color}" '
-            'stroke-width="2.5" stroke-linejoin="round"/>'
-        )
+        path, style = " ".join(f"{a},{b}" for a, b in line), 'stroke-width="2.5" stroke-linejoin="round"'
+        parts.append(f'<polyline points="{path}" fill="none" stroke="{color}" {style}/>')
         parts += [f'<circle cx="{a}" cy="{b}" r="3.5" fill="{color}"/>' for a, b in line]
         label = line[-1][1]
-        while any(abs(label - end) < 15 for end in ends):  # names must not lie on each other
+        while any(abs(label - other) < 15 for other in labels):  # names must not overlap
             label -= 1
-        ends.append(label)
-        style = f"fill:{color};font-weight:600"
-        parts.append(f'<text x="{WIDTH - RIGHT + 10}" y="{label + 4}" style="{style}">{name}</text>')
-    parts.append(
-        f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 10}" text-anchor="middle">live streams</text>'
-        f'<text x="{LEFT - 48}" y="{TOP - 14}">lag, ms</text>'
-    )
+        labels.append(label)
+        text(right + 10, label + 4, name, f'style="fill:{color};font-weight:600"')
     body = "\n".join(parts)
     return (
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" width="{WIDTH}" height="{HEIGHT}">\n'
