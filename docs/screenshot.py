@@ -4,12 +4,12 @@
     docs/screenshot.py --url http://localhost:8000/captions/
 
 Needs what the tests need (scripts/check) and a server with the embedded checkpoint.
-`--scheme light`, `--width`, `--height`, `--output` for other views.
 """
 
 import argparse
 import asyncio
 import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -23,15 +23,13 @@ from browser import browsing, expect  # noqa: E402
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
 
-async def run(options: argparse.Namespace) -> None:
+async def run(url: str) -> None:
     """Play the sample to the page twice, and look at it in the middle of the second time."""
     samples, rate = soundfile.read(SAMPLE)
-    wav = Path(options.output).with_suffix(".wav")
-    soundfile.write(wav, np.concatenate([samples, np.zeros(3 * rate), samples]), rate)
-    size = {"width": options.width, "height": options.height}
-    try:
-        async with browsing(wav, viewport=size, color_scheme=options.scheme) as page:
-            await page.goto(options.url)
+    with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
+        soundfile.write(wav.name, np.concatenate([samples, np.zeros(3 * rate), samples]), rate)
+        async with browsing(Path(wav.name), viewport={"width": 1280, "height": 640}, color_scheme="dark") as page:
+            await page.goto(url)
             await page.locator("#start:enabled").click()
             final, partial = page.locator("#final p"), page.locator("#partial")
             await expect(final).to_have_count(2)
@@ -39,20 +37,14 @@ async def run(options: argparse.Namespace) -> None:
             while len((await partial.text_content()).split()) < 3:
                 await asyncio.sleep(0.02)
             await page.locator("#start").blur()
-            await page.screenshot(path=options.output)
-    finally:
-        wav.unlink()
+            await page.screenshot(path=ROOT / "docs" / "captions.png")
 
 
 def main() -> int:
     """Run the script; return its exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--url", default="http://localhost:8000/captions/")
-    parser.add_argument("--output", default=str(ROOT / "docs" / "captions.png"))
-    parser.add_argument("--scheme", choices=["dark", "light"], default="dark")
-    parser.add_argument("--width", type=int, default=1280)
-    parser.add_argument("--height", type=int, default=640)
-    asyncio.run(run(parser.parse_args()))
+    asyncio.run(run(parser.parse_args().url))
     return 0
 
 

@@ -6,24 +6,13 @@ when it starts. The downloaded file stays as it is: an edited copy goes to `--to
 
 import hashlib
 import json
-import os
-import tempfile
 from pathlib import Path
 
 from . import Stop
+from .cache import cache_folder, place
 from .settings import Settings
 
 DELAYS = [*range(80, 1201, 80), 2400]  # those the model was trained for: the card of the model
-
-
-def cache_folder() -> Path:
-    """Ours, for what can be made again at any time."""
-    folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "voxtral"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise Stop(f"{folder}: {error.strerror}; XDG_CACHE_HOME names another place") from None
-    return folder
 
 
 def checked_delay(settings: Settings) -> int | None:
@@ -50,11 +39,8 @@ def tokenizer_with(delay: int, source: Path) -> Path | None:
         return None
     # The name holds the source's hash: another model, or another version, gets another copy.
     folder = cache_folder() / f"tokenizer-{delay}ms-{hashlib.sha256(original).hexdigest()[:12]}"
-    copy = folder / "tekken.json"
-    if not copy.exists():
+    if not (folder / "tekken.json").exists():
         tekken["audio"]["transcription_delay_ms"] = delay
         folder.mkdir(exist_ok=True)
-        with tempfile.NamedTemporaryFile("w", dir=folder, delete=False) as file:
-            json.dump(tekken, file)
-        os.replace(file.name, copy)  # never half a file
+        place(folder / "tekken.json", lambda path: path.write_text(json.dumps(tekken)))
     return folder

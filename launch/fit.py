@@ -124,11 +124,8 @@ def suggestion(settings: Settings, plan: Plan, most: float) -> str:
         (plan.batch, batch),
         (plan.share, max(plan.share, most)),
     ):
-        if (
-            length > plan.length
-            or weights > plan.weights
-            or not Plan(weights, plan.total, share, length, frames).sessions()
-        ):
+        smaller = Plan(weights, plan.total, share, length, frames)
+        if length > plan.length or weights > plan.weights or not smaller.sessions():
             continue
         changes = {}
         if weights != plan.weights:

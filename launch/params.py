@@ -7,13 +7,10 @@ files, with an edited copy of params.json (`MistralConfigParser` in vllm/transfo
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from . import Stop
-from .delay import cache_folder
+from .cache import cache_folder, place
 
 DEFAULT = 128_000  # vLLM's own, where neither name is there
 
@@ -40,11 +37,3 @@ def served_folder(model: Path) -> Path:
         if not (model / file.name).exists():
             file.unlink()
     return folder
-
-
-def place(path: Path, make: Callable[[Path], object]) -> None:
-    """Put what `make(path)` makes in the place of `path`, at once: another server may be reading."""
-    with tempfile.TemporaryDirectory(dir=path.parent.parent) as scratch:
-        new = Path(scratch, path.name)
-        make(new)
-        os.replace(new, path)

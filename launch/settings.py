@@ -51,11 +51,8 @@ class Settings:
             self._default["MAX_NUM_BATCHED_TOKENS"] = str(-(-(2 * FIRST_CHUNK + int(seqs)) // 8) * 8)
         seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
         if seqs and tokens and tokens < seqs:
-            less, more = (
-                self.assignment("MAX_NUM_BATCHED_TOKENS", int(tokens)),
-                self.assignment("MAX_NUM_SEQS", int(seqs)),
-            )
-            raise Stop(f"{less} is less than {more}: set {self.assignment('MAX_NUM_BATCHED_TOKENS', int(seqs))}", 2)
+            less, fix = (self.assignment("MAX_NUM_BATCHED_TOKENS", int(number)) for number in (tokens, seqs))
+            raise Stop(f"{less} is less than {self.assignment('MAX_NUM_SEQS', int(seqs))}: set {fix}", 2)
 
     def __getitem__(self, variable: str) -> str:
         if variable in self._given:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from . import Stop, network
-from .delay import cache_folder
+from .cache import cache_folder, place
 
 FILES = ("params.json", "tekken.json", "consolidated.safetensors")
 # Revisions that were tried, or that others pin: see docs/server.md.
@@ -241,19 +241,18 @@ def known() -> dict[str, list]:
         return {}
 
 
-def note(path: Path, name: str = "") -> None:
-    notes = cache_folder() / "checked.json"
-    notes.with_suffix(".new").write_text(json.dumps(known() | {str(path.resolve()): [name or path.name, *state(path)]}))
-    notes.with_suffix(".new").replace(notes)
+def note(path: Path, name: str) -> None:
+    notes = json.dumps(known() | {str(path.resolve()): [name, *state(path)]})
+    place(cache_folder() / "checked.json", lambda path: path.write_text(notes))
 
 
 def file_hash(path: Path, name: str) -> str:
     """The hash the hub names a file after: sha256 of large files, git's sha1 of small ones."""
+    from huggingface_hub.utils.sha import git_hash
+
     with open(path, "rb") as file:
-        if len(name) == 64:
-            if path.stat().st_size > 1e9:
-                print(f"checking {path.name}", file=sys.stderr)
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        git = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        git.update(file.read())
-        return git.hexdigest()
+        if len(name) == 40:
+            return git_hash(file.read())
+        if path.stat().st_size > 1e9:
+            print(f"checking {path.name}", file=sys.stderr)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from rapidfuzz.distance import Levenshtein
-from scipy.signal import lfilter, resample_poly
-from streams import RATE, decode
+from scipy.signal import lfilter
+from streams import RATE, clips
 from words import DIGITS, WORDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -34,18 +34,10 @@ TRAINED = [("allison", WORDS, 14), ("fsdd-george", DIGITS, 10), ("kokoro", WORDS
 def clips_by_voice(folder: Path) -> dict[str, dict[str, list]]:
     """voice -> word -> [(samples, end of the word in seconds)]; the Kokoro voices count as one."""
     voices: dict = {}
-    for path in sorted(folder.glob("*.npz")):
-        data = dict(np.load(path))
-        audio, at = decode(data["audio"]), 0
-        for i, n in enumerate(data["length"]):
-            clip = audio[at : at + n]
-            at += n
-            if data["words"][i, 0] >= 0 and data["words"][i, 1] < 0:
-                clip = clip if data["rate"][i] == RATE else resample_poly(clip, 2, 1)
-                voice = str(data["voice"][i])
-                voice = "kokoro" if voice.startswith("kokoro") else voice
-                word = WORDS[data["words"][i, 0]]
-                voices.setdefault(voice, {}).setdefault(word, []).append((clip, float(data["ends"][i, 0])))
+    for clip, words, ends, voice, _ in clips(sorted(folder.glob("*.npz"))):
+        if words[0] >= 0 and words[1] < 0:
+            voice = "kokoro" if voice.startswith("kokoro") else voice
+            voices.setdefault(voice, {}).setdefault(WORDS[words[0]], []).append((clip, float(ends[0])))
     return voices
 
 
@@ -110,9 +102,7 @@ async def main() -> None:
     parser.add_argument("clips", type=Path)
     parser.add_argument("--url", default="ws://127.0.0.1:8000/v1/realtime")
     parser.add_argument("--model", default="tiny")
-    parser.add_argument(
-        "--write", type=Path, metavar="FOLDER", help="only write sentences of the held-out voices there"
-    )
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="only write the sentences of the held-out voices")
     options = parser.parse_args()
     if options.write and options.write.exists():
         parser.error(f"{options.write} is there already")
@@ -154,9 +144,7 @@ async def main() -> None:
         return
     for name, audio in sounds(rng).items():
         print(f"{name:24} heard: {''.join(await hear(audio)) or 'nothing'}", flush=True)
-    other = dict(np.load(options.clips / "prompts.npz"))
-    unknown = np.split(decode(other["audio"]), np.cumsum(other["length"])[:-1])
-    prompts = resample_poly(np.concatenate(unknown[::8]), 2, 1)
+    prompts = np.concatenate([clip for clip, *_ in clips([options.clips / "prompts.npz"])][::8])
     print(f"{'other words (trained)':24} {len(prompts) / RATE:.0f} s heard: {''.join(await hear(0.3 * prompts))}")
 
 

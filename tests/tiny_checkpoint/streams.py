@@ -4,6 +4,7 @@ A stream is a row of clips with gaps between them, by one voice or by many. Clip
 together); the stream is filtered, reverberated, mixed with noise, and scaled, down to a whisper or up to clipping.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,6 +67,19 @@ def decode(codes: np.ndarray) -> np.ndarray:
     return (np.sign(x) * (256 ** np.abs(x) - 1) / 255)[codes]
 
 
+def clips(paths: Iterable[Path]) -> Iterator[tuple]:
+    """Yield the clips of make_data's files: samples at 16 kHz, word numbers, word ends in seconds, voice, held out?
+
+    Both arrays of a clip have MAX_WORDS entries; -1 stands for no word.
+    """
+    for path in paths:
+        data = dict(np.load(path))
+        parts = np.split(decode(data["audio"]), np.cumsum(data["length"])[:-1])
+        columns = (data[name] for name in ("rate", "words", "ends", "voice", "held_out"))
+        for clip, rate, words, ends, voice, held_out in zip(parts, *columns, strict=True):
+            yield clip if rate == RATE else resample_poly(clip, 2, 1), words, ends, str(voice), held_out
+
+
 @dataclass
 class Batch:
     audio: Tensor  # [streams, samples]
@@ -80,26 +94,12 @@ class Batch:
 class Streams:
     def __init__(self, folder: Path, device: str, held_out: bool = False, seed: int = 0) -> None:
         """Load the held-out clips of a folder, or all others, into the device's memory."""
-        audio, length, words, ends, voices = [], [], [], [], []
-        for path in sorted(Path(folder).glob("*.npz")):
-            data = dict(np.load(path))
-            samples, at = decode(data["audio"]), 0
-            for i, n in enumerate(data["length"]):
-                clip = samples[at : at + n]
-                at += n
-                if data["held_out"][i] != held_out:
-                    continue
-                audio.append(clip if data["rate"][i] == RATE else resample_poly(clip, 2, 1))
-                words.append(data["words"][i])
-                ends.append(data["ends"][i])
-                voices.append(str(data["voice"][i]))
-        if not audio:
+        loaded = [clip for clip in clips(sorted(folder.glob("*.npz"))) if clip[4] == held_out]
+        if not loaded:
             raise SystemExit(f"{folder} has no clips {'held out of' if held_out else 'for'} training: run make_data.py")
-        for clip in [] if held_out else noises(np.random.default_rng(seed), 640):
-            audio.append(clip)
-            words.append(np.full_like(words[0], -1))
-            ends.append(np.zeros_like(ends[0]))
-            voices.append("sound")
+        for noise in [] if held_out else noises(np.random.default_rng(seed), 640):
+            loaded.append((noise, np.full_like(loaded[0][1], -1), np.zeros_like(loaded[0][2]), "sound", False))
+        audio, words, ends, voices, _ = zip(*loaded, strict=True)
         self.device = device
         self.random = torch.Generator(device=device).manual_seed(seed)
         length = np.array([len(clip) for clip in audio])
@@ -128,13 +128,12 @@ class Streams:
             share = np.ones(len(names))
         else:
             # Many voices without words, or of one phrase each: those count as one voice by number of clips.
-            share = np.array(
-                [
-                    SHARES[s]
-                    * (c / sum(count[[t == s for t in source]]) if s in ("phrase", "other") else 1 / several[s])
-                    for s, c in zip(source, count, strict=True)
-                ]
-            )
+            clips_of = {s: sum(count[[t == s for t in source]]) for s in source}
+            part = [
+                c / clips_of[s] if s in ("phrase", "other") else 1 / several[s]
+                for s, c in zip(source, count, strict=True)
+            ]
+            share = np.array([SHARES[s] * p for s, p in zip(source, part, strict=True)])
         self.voice_share = to_device(share / share.sum(), torch.float32)
         table = torch.full((len(WORDS) + 1, PARTS), -1, device=device)
         for i, word in enumerate(WORDS):

@@ -23,24 +23,7 @@ from streams import Batch, Streams
 from words import BOS, PAD, PIECE_TOKEN, PIECES, SPECIAL_TOKENS, VOCABULARY
 
 MEL = {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400}
-PARAMS = {
-    "dim": 128, "n_layers": 2, "head_dim": 32, "hidden_dim": 384, "n_heads": 4, "n_kv_heads": 2, "use_biases": False,
-    "causal": True, "rope_theta": 1e6, "norm_eps": 1e-5, "vocab_size": VOCABULARY, "model_parallel": 1,
-    "tied_embeddings": True, "sliding_window": 64, "model_max_length": 131072,
-    "max_position_embeddings": 131072,  # as vLLM names it: without it vLLM looks for a config.json, for 28 s
-    "multimodal": {"whisper_model_args": {
-        "encoder_args": {
-            "audio_encoding_args": MEL | {"frame_rate": 12.5, "chunk_length_s": None, "global_log_mel_max": 1.5,
-                                          "transcription_format": "streaming"},
-            "dim": 192, "n_layers": 4, "head_dim": 32, "hidden_dim": 512, "n_heads": 6, "n_kv_heads": 6,
-            "vocab_size": VOCABULARY, "use_biases": True, "use_cache": False, "rope_theta": 1e6, "causal": True,
-            "norm_eps": 1e-5, "pos_embed": "rope", "max_source_positions": None, "ffn_type": "swiglu",
-            "norm_type": "rms_norm", "sliding_window": 128,
-        },
-        "downsample_args": {"downsample_factor": 4},
-    }},
-    "ada_rms_norm_t_cond": True, "ada_rms_norm_t_cond_dim": 32,
-}  # fmt: skip
+PARAMS = json.loads((Path(__file__).parent / "params.json").read_text())  # sizes
 
 
 def tekken() -> dict:

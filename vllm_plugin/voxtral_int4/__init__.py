@@ -7,6 +7,7 @@ entry-point group `vllm.general_plugins` (vllm/plugins/__init__.py).
 import functools
 import logging
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 TESTED = {"vllm": "0.32.0", "vllm-bnb-plugin": "0.0.3"}
 
@@ -20,6 +21,14 @@ def installed(name: str) -> str:
             return "none"
         from vllm import __version__ as found  # vLLM run from its sources has no metadata
     return found.partition("+")[0]
+
+
+def is_voxtral_realtime(config: Any) -> bool:
+    """True for Mistral's format only: vLLM makes up this name when it reads params.json.
+
+    `config`: vLLM's, or None. Source: `_remap_mistral_audio_args` in vllm/transformers_utils/configs/mistral.py.
+    """
+    return "VoxtralRealtimeGeneration" in (getattr(config, "architectures", None) or [])
 
 
 def version_problem() -> str | None:

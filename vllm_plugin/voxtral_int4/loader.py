@@ -16,7 +16,7 @@ from vllm.config import ModelConfig, VllmConfig
 from vllm_bnb_plugin.bitsandbytes import BitsAndBytesConfig
 from vllm_bnb_plugin.bitsandbytes_loader import BitsAndBytesModelLoader
 
-from voxtral_int4 import version_problem
+from voxtral_int4 import is_voxtral_realtime, version_problem
 
 Weight = tuple[str, str, torch.Tensor]  # name for model.load_weights, name of the vLLM module, tensor
 
@@ -37,14 +37,6 @@ ENCODER_MODULE = {
 }
 
 
-def is_voxtral_realtime(architectures: list[str] | None) -> bool:
-    """True for Mistral's format only: vLLM makes up this name when it reads params.json.
-
-    Source: `_remap_mistral_audio_args` in vllm/transformers_utils/configs/mistral.py.
-    """
-    return "VoxtralRealtimeGeneration" in (architectures or [])
-
-
 def check_versions() -> None:
     """Refuse what this loader was not written for: it could corrupt weights without a word."""
     if problem := version_problem():
@@ -59,7 +51,7 @@ class VoxtralInt4Config(BitsAndBytesConfig):
     """
 
     def maybe_update_config(self, *args: Any, hf_config: Any = None, **kwargs: Any) -> None:
-        if is_voxtral_realtime(getattr(hf_config, "architectures", None)):
+        if is_voxtral_realtime(hf_config):
             check_versions()
         super().maybe_update_config(*args, hf_config=hf_config, **kwargs)
 
@@ -73,7 +65,7 @@ class VoxtralInt4Loader(BitsAndBytesModelLoader):
     voxtral: nn.Module | None = None  # the model being loaded, if it is a Voxtral Realtime
 
     def create_model(self, vllm_config: VllmConfig, model_config: ModelConfig, prefix: str = "") -> nn.Module:
-        if is_voxtral_realtime(model_config.architectures) and os.getenv("VOXTRAL_INT4_ENCODER") == "0":
+        if is_voxtral_realtime(model_config) and os.getenv("VOXTRAL_INT4_ENCODER") == "0":
             vllm_config.quant_config.llm_int8_skip_modules += ["whisper_encoder"]
             # The key of vLLM's cache of compiled graphs holds additional_config, but not quant_config:
             # without this, a graph compiled for the quantized encoder would be taken for this one.
@@ -81,7 +73,7 @@ class VoxtralInt4Loader(BitsAndBytesModelLoader):
         return super().create_model(vllm_config, model_config, prefix)
 
     def load_weights(self, model: nn.Module, model_config: ModelConfig) -> None:
-        if is_voxtral_realtime(model_config.architectures):
+        if is_voxtral_realtime(model_config):
             check_versions()  # again: another version may not call maybe_update_config
             self.voxtral = model
         super().load_weights(model, model_config)

@@ -17,9 +17,10 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
-VLLM = "0.32.0"
+from voxtral_int4 import TESTED, installed
+
+VLLM = TESTED["vllm"]
 # Patches of the process of scheduler and worker, and of the one that speaks with the clients.
 ENGINE = ("blocks", "features", "release", "ended", "ahead", "rows", "encode", "tokens")
 SERVER = ("inputs", "ended", "ahead", "warmup")
@@ -72,16 +73,12 @@ def source_digest(function: Callable) -> str:
 @functools.cache
 def _wanted_here() -> list[str]:
     try:
-        installed = version("vllm").partition("+")[0]
-    except PackageNotFoundError:
-        from vllm import __version__ as installed  # vLLM run from its sources has no metadata
-    try:
         names = wanted()
     except ValueError as error:
         logger.warning("%s: vLLM stays as it is", error)
         return []
-    if names and installed != VLLM:
-        logger.warning("the speed patches know vLLM %s, not %s: vLLM stays as it is", VLLM, installed)
+    if names and (found := installed("vllm")) != VLLM:
+        logger.warning("the speed patches know vLLM %s, not %s: vLLM stays as it is", VLLM, found)
         return []
     return names
 

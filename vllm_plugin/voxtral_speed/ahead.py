@@ -19,8 +19,6 @@ from collections import deque
 from . import expect
 from .frames import Frames, mark_sessions
 
-UPDATE_SESSION, BUFFER, INPUT_STREAM, CONNECTION = "82a6f2d15293", "0f8dfd4d0b88", "ea57901a276f", "5cf55d3a1b26"
-ADD_STREAMING, COLLECTOR = "0c7d0fd89495", "312eb6353707"
 AHEAD = 4  # frames of a session in the engine at most: enough to keep it busy, little to throw away when it ends
 ANY = 0  # a token that stands for the one that the engine knows
 
@@ -31,10 +29,10 @@ def check() -> None:
     from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeBuffer, VoxtralRealtimeGeneration
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    expect(Scheduler._update_request_as_session, UPDATE_SESSION)
-    expect(VoxtralRealtimeGeneration.buffer_realtime_audio.__func__, BUFFER)
-    expect(VoxtralRealtimeBuffer.get_input_stream, INPUT_STREAM)
-    expect(RealtimeConnection._run_generation, CONNECTION)
+    expect(Scheduler._update_request_as_session, "82a6f2d15293")
+    expect(VoxtralRealtimeGeneration.buffer_realtime_audio.__func__, "0f8dfd4d0b88")
+    expect(VoxtralRealtimeBuffer.get_input_stream, "ea57901a276f")
+    expect(RealtimeConnection._run_generation, "5cf55d3a1b26")
 
 
 def apply_to_engine() -> None:
@@ -62,8 +60,8 @@ def apply_to_server() -> None:
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
     check()
-    expect(AsyncLLM._add_streaming_input_request, ADD_STREAMING)
-    expect(RequestOutputCollector, COLLECTOR)
+    expect(AsyncLLM._add_streaming_input_request, "0c7d0fd89495")
+    expect(RequestOutputCollector, "312eb6353707")
     buffer_audio = VoxtralRealtimeGeneration.buffer_realtime_audio.__func__
 
     async def buffer_ahead(cls, audio_stream, input_stream, model_config):

@@ -11,15 +11,13 @@ Needless with: the same shortcut in vLLM (no issue known).
 from . import expect
 from .frames import Frames, mark_sessions
 
-ALLOCATE = "8c60d937fd9e"
-
 
 def apply_to_engine() -> None:
     """Raises Unexpected."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     allocate = KVCacheManager.allocate_slots
-    expect(allocate, ALLOCATE)
+    expect(allocate, "8c60d937fd9e")
     mark_sessions()
 
     def allocate_at_block_ends(self, request, num_new_tokens, *args, **kwargs):

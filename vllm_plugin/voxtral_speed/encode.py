@@ -10,11 +10,10 @@ that encodes it, which `release` and `ended` see to.
 Needless with: a batched `embed_multimodal` in vLLM (no issue known).
 """
 
-from . import active, expect, logger
-from .frames import is_voxtral_realtime
+from voxtral_int4 import is_voxtral_realtime
 
-EMBED, MELSPEC, CONV = "f90a7704ed77", "48e3cfb17880", "ffaf5c13b146"
-PREPARE, CAPTURE = "46f7bf9ab2a9", "bad5e0346103"
+from . import active, expect, logger
+
 IN_FLIGHT = 4  # copies to the GPU that may be under way; vLLM has two steps in flight at most
 
 
@@ -25,9 +24,9 @@ def apply_to_engine() -> None:
     from vllm.model_executor.models.whisper_causal import WhisperCausalEncoder
     from vllm.platforms import current_platform
 
-    expect(VoxtralRealtimeGeneration.embed_multimodal, EMBED)
-    expect(VoxtralEncoderModel.compute_whisper_melspec, MELSPEC)
-    expect(WhisperCausalEncoder.forward_conv, CONV)
+    expect(VoxtralRealtimeGeneration.embed_multimodal, "f90a7704ed77")
+    expect(VoxtralEncoderModel.compute_whisper_melspec, "48e3cfb17880")
+    expect(WhisperCausalEncoder.forward_conv, "ffaf5c13b146")
     embed = VoxtralRealtimeGeneration.embed_multimodal
 
     def embed_multimodal(self, **kwargs):
@@ -43,9 +42,8 @@ def apply_to_engine() -> None:
         for number, frame in enumerate(audio):
             lengths.setdefault(len(frame), []).append(number)
         for numbers in lengths.values():
-            for number, tokens in zip(
-                numbers, embed_batch(self, torch.stack([audio[n] for n in numbers])), strict=True
-            ):
+            batch = embed_batch(self, torch.stack([audio[number] for number in numbers]))
+            for number, tokens in zip(numbers, batch, strict=True):
                 embedded[number] = tokens
         return embedded
 
@@ -74,8 +72,8 @@ def encode_on_gpu() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    expect(DefaultModelState.prepare_inputs_embeds, PREPARE)
-    expect(GPUModelRunner.capture_model, CAPTURE)
+    expect(DefaultModelState.prepare_inputs_embeds, "46f7bf9ab2a9")
+    expect(GPUModelRunner.capture_model, "bad5e0346103")
     prepare, capture = DefaultModelState.prepare_inputs_embeds, GPUModelRunner.capture_model
 
     def prepare_directly(self, scheduled_encoder_inputs, input_batch, req_states):
@@ -101,20 +99,14 @@ def single_frames(features: dict, scheduled: dict[str, list[int]], batch) -> lis
     """Return the audio of each request of a step, in the batch's order, if each is one new frame of one length."""
     if not len(scheduled) == len(batch.req_ids) == batch.num_tokens:
         return None
-    audio, length = [], None
-    for request in batch.req_ids:
-        numbers = scheduled.get(request)
-        if numbers is None or len(numbers) != 1:
-            return None
-        data = features[request][numbers[0]].data
-        if data is None:
-            return None
-        frame = data["audio_arrays"].data
-        if length is not None and len(frame) != length:
-            return None
-        length = len(frame)
-        audio.append(frame)
-    return audio
+    numbers = [scheduled.get(request, ()) for request in batch.req_ids]
+    if any(len(new) != 1 for new in numbers):
+        return None
+    data = [features[request][number].data for request, (number,) in zip(batch.req_ids, numbers, strict=True)]
+    if any(item is None for item in data):
+        return None
+    audio = [item["audio_arrays"].data for item in data]
+    return audio if len({len(frame) for frame in audio}) == 1 else None
 
 
 class FrameEncoder:

@@ -17,8 +17,6 @@ from http import HTTPStatus
 from . import expect
 from .frames import Frames, mark_sessions
 
-SCHEDULE, PREEMPT, UPDATE = "da4f2cf2fc39", "4113f5de8a84", "85b29db96051"
-PROCESS, FINISH = "9e116796002e", "976ff7fc6fd7"
 BUSY, FULL = "voxtral: no room for a new session", "voxtral: no room for this session any more"
 MESSAGES = {
     BUSY: "The engine is currently busy: its memory for sessions is full.",
@@ -34,9 +32,9 @@ def apply_to_engine() -> None:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.request import RequestStatus
 
-    expect(Scheduler.schedule, SCHEDULE)
-    expect(Scheduler._preempt_request, PREEMPT)
-    expect(Scheduler.update_from_output, UPDATE)
+    expect(Scheduler.schedule, "da4f2cf2fc39")
+    expect(Scheduler._preempt_request, "4113f5de8a84")
+    expect(Scheduler.update_from_output, "85b29db96051")
     mark_sessions()
     schedule, preempt, update = Scheduler.schedule, Scheduler._preempt_request, Scheduler.update_from_output
     allocate = KVCacheManager.allocate_slots
@@ -102,12 +100,12 @@ def apply_to_server() -> None:
     from vllm.v1.engine import FinishReason
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    expect(OutputProcessor.process_outputs, PROCESS)
-    expect(OutputProcessor._finish_request, FINISH)
+    expect(OutputProcessor.process_outputs, "9e116796002e")
+    expect(OutputProcessor._finish_request, "976ff7fc6fd7")
     process = OutputProcessor.process_outputs
 
     def process_and_raise(self, engine_core_outputs, *args, **kwargs):
-        failed = [o for o in engine_core_outputs if o.finish_reason is FinishReason.ERROR and self._is_session(o)]
+        failed = [o for o in engine_core_outputs if o.finish_reason is FinishReason.ERROR and is_session(self, o)]
         for output in failed:
             state = self.request_states[output.request_id]
             self._finish_request(state)
@@ -117,9 +115,8 @@ def apply_to_server() -> None:
             engine_core_outputs = [o for o in engine_core_outputs if o not in failed]
         return process(self, engine_core_outputs, *args, **kwargs)
 
-    def is_session(self, output) -> bool:
-        state = self.request_states.get(output.request_id)
+    def is_session(processor, output) -> bool:
+        state = processor.request_states.get(output.request_id)
         return state is not None and state.streaming_input and state.queue is not None
 
-    OutputProcessor._is_session = is_session
     OutputProcessor.process_outputs = process_and_raise

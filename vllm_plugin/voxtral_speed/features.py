@@ -10,9 +10,7 @@ Needless with: a fix of vllm#58324. It came with vllm#52041, and is in 0.33.0 to
 """
 
 from . import expect, step_aside
-from .frames import Frames, mark_sessions, worker_shares_memory
-
-STRIP, INIT = "60c43fcae113", "c02680245672"
+from .frames import Frames, mark_sessions
 
 
 def apply_to_engine() -> None:
@@ -21,7 +19,8 @@ def apply_to_engine() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     strip, init = output.strip_covered_mm_data, Scheduler.__init__
-    expect(strip, STRIP)
+    expect(strip, "60c43fcae113")
+    expect(init, "c02680245672")
     mark_sessions()
 
     def strip_others(features, num_computed_tokens, uses_mrope=False):
@@ -30,7 +29,8 @@ def apply_to_engine() -> None:
         return strip(features, num_computed_tokens, uses_mrope=uses_mrope)
 
     def patch_if_shared(self, vllm_config, *args, **kwargs):
-        if worker_shares_memory(vllm_config):
+        parallel = vllm_config.parallel_config
+        if parallel.distributed_executor_backend == "uni" and parallel.world_size == 1:
             output.strip_covered_mm_data = strip_others
         else:
             step_aside("features", "the worker runs in a process of its own")

@@ -8,6 +8,10 @@ session of Voxtral Realtime from every other request.
 
 import functools
 
+from voxtral_int4 import is_voxtral_realtime
+
+from . import expect
+
 
 class Frames(list):
     """The features of one session. `spent`: how many have lost their audio, so that they cannot be computed again."""
@@ -41,25 +45,12 @@ def mark_sessions() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     add_request = Scheduler.add_request
+    expect(add_request, "fa2b51cd04a9")
 
     def marked(self, request):
-        if (
-            request.resumable
-            and type(request.mm_features) is list
-            and is_voxtral_realtime(self.vllm_config.model_config)
-        ):
+        grows = request.resumable and type(request.mm_features) is list
+        if grows and is_voxtral_realtime(self.vllm_config.model_config):
             request.mm_features = Frames(request.mm_features)
         add_request(self, request)
 
     Scheduler.add_request = marked
-
-
-def is_voxtral_realtime(model_config) -> bool:
-    """Whether this is Voxtral Realtime in Mistral's format (vLLM makes up the name when it reads params.json)."""
-    return "VoxtralRealtimeGeneration" in (model_config.architectures or [])
-
-
-def worker_shares_memory(vllm_config) -> bool:
-    """Whether the worker runs in the scheduler's process (one GPU a model), so that lists can be handed over."""
-    parallel = vllm_config.parallel_config
-    return parallel.distributed_executor_backend == "uni" and parallel.world_size == 1

@@ -11,10 +11,9 @@ Needless with: vllm#44364.
 
 import uuid
 
-from . import expect
-from .frames import is_voxtral_realtime
+from voxtral_int4 import is_voxtral_realtime
 
-TRANSCRIBE = "ab4b39ac28d3"
+from . import expect
 
 
 def apply_to_server() -> None:
@@ -25,7 +24,7 @@ def apply_to_server() -> None:
     from vllm.multimodal import inputs
 
     realtime = serving.OpenAIServingRealtime
-    expect(realtime.transcribe_realtime, TRANSCRIBE)
+    expect(realtime.transcribe_realtime, "ab4b39ac28d3")
     transcribe, field = realtime.transcribe_realtime, inputs.MultiModalBatchedField()
 
     async def transcribe_directly(self, audio_stream, input_stream):

@@ -12,16 +12,14 @@ Needless with: vllm#50871.
 from . import ended, expect
 from .frames import Frames, Spent, mark_sessions
 
-FREE, FREE_ENCODER_INPUT = "d015877ed844", "221235ce752d"
-
 
 def apply_to_engine() -> None:
     """Raises Unexpected."""
     from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    expect(Scheduler._free_encoder_input, FREE)
-    expect(EncoderCacheManager.free_encoder_input, FREE_ENCODER_INPUT)
+    expect(Scheduler._free_encoder_input, "d015877ed844")
+    expect(EncoderCacheManager.free_encoder_input, "221235ce752d")
     mark_sessions()
     ended.apply_to_engine()
     free = Scheduler._free_encoder_input

@@ -14,8 +14,6 @@ import numpy as np
 from . import expect
 from .frames import Frames, mark_sessions
 
-UPDATE_STREAMING, ADD_REQUEST = "8d44859eaaec", "33b3f53b9b19"
-
 
 def apply_to_engine() -> bool | None:
     """Raises Unexpected. Returns False where there is a GPU, which has model runner V2."""
@@ -26,8 +24,8 @@ def apply_to_engine() -> bool | None:
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    expect(GPUModelRunner._update_streaming_request, UPDATE_STREAMING)
-    expect(InputBatch.add_request, ADD_REQUEST)
+    expect(GPUModelRunner._update_streaming_request, "8d44859eaaec")
+    expect(InputBatch.add_request, "33b3f53b9b19")
     mark_sessions()
     update = GPUModelRunner._update_streaming_request
 

@@ -10,28 +10,24 @@ VLLM_PLUGINS must name, when the engine is ready and the port does not answer ye
 """
 
 import asyncio
-import logging
 import time
 from collections.abc import AsyncIterator
 
 import numpy as np
+from voxtral_int4 import is_voxtral_realtime
 
-from . import active, expect
-from .frames import is_voxtral_realtime
+from . import active, expect, logger
 
-GENERATE = "5cf55d3a1b26"
 RATE, FRAME = 16_000, 1280  # samples
 SECONDS = 1.6  # of each session: the first chunk and 20 frames
 AT_ONCE = 16  # sessions at most: more steps of other sizes bring nothing new
-
-logger = logging.getLogger("vllm.voxtral_speed")
 
 
 def apply_to_server() -> None:
     """Raises Unexpected."""
     from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
 
-    expect(RealtimeConnection._run_generation, GENERATE)
+    expect(RealtimeConnection._run_generation, "5cf55d3a1b26")
 
 
 class Warmup:

@@ -22,7 +22,7 @@ import ipaddress
 import os
 import socket
 from collections import Counter
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -119,7 +119,7 @@ class Guard:
         host = headers.get("host", "").lower()
         if not self._is_ours(hostname(host)):
             return refuse(403, f"{host!r} is not known as this server's name: set ALLOWED_HOSTS", "foreign_host")
-        if origin and netloc(origin) != host:
+        if origin and split(origin).netloc != host:
             return refuse(403, f"a page of {origin!r} may not use this server: set ALLOWED_ORIGINS", "foreign_origin")
         return None
 
@@ -136,18 +136,15 @@ class Guard:
 
 def hostname(netloc: str) -> str:
     """Return the name or address in a `Host` header, without port and brackets; "" if there is none."""
-    try:
-        return (urlsplit(f"//{netloc}").hostname or "").removesuffix(".")
-    except ValueError:
-        return ""
+    return (split(f"//{netloc}").hostname or "").removesuffix(".")
 
 
-def netloc(origin: str) -> str | None:
-    """Return host and port of an `Origin` header; None if it has none (`null`)."""
+def split(url: str) -> SplitResult:
+    """Return the parts of a URL; empty ones if it is not valid."""
     try:
-        return urlsplit(origin).netloc or None
+        return urlsplit(url)
     except ValueError:
-        return None
+        return urlsplit("")
 
 
 def explained(scope: Scope, receive: Receive, send: Send) -> Send:

@@ -12,6 +12,7 @@ import os
 from argparse import Namespace
 from typing import Any
 
+import voxtral_speed
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
@@ -53,10 +54,6 @@ async def transcriptions(request: Request) -> Response:
 
 def speed_is_active() -> bool:
     """Do sessions cost the same however long they are?"""
-    try:
-        import voxtral_speed
-    except ImportError:
-        return False
     return voxtral_speed.active("features")  # without it every step handles all frames of the session
 
 

@@ -91,23 +91,12 @@ class Uploads:
         share = int(os.environ.get("UPLOAD_SESSIONS") or 0) or slots // 2
         self._free = max(1, share // max(1, args.api_server_count or 1))
         self._freed = asyncio.Condition()
-        self._present = 0
-        tls = bool(args.ssl_certfile)
-        self._url = f"{'wss' if tls else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
-        self._command = [
-            "nice",
-            "-n",
-            "5",
-            sys.executable,
-            str(CLIENT),
-            "--format",
-            "jsonl",
-            "--output",
-            "-",
-            "--quiet",
-        ]
-        # It is this machine, and the certificate may hold other names than its address.
-        self._command += ["--url", self._url, *(["--insecure"] if tls else [])]
+        self._places = asyncio.Semaphore(AT_ONCE)
+        url = f"{'wss' if args.ssl_certfile else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
+        self._command = ["nice", "-n", "5", sys.executable, str(CLIENT), "--url", url]
+        self._command += "--format jsonl --output - --quiet".split()
+        if args.ssl_certfile:  # it is this machine, and the certificate may hold other names than its address
+            self._command.append("--insecure")
 
     async def __call__(self, request: Request) -> Response:
         """Answer an upload."""
@@ -119,15 +108,14 @@ class Uploads:
                 return await unless_gone(request, self._answer(request, order, stack))
             except Failure as failure:
                 return failure.answer
-            except (ClientDisconnect, Gone):
+            except ClientDisconnect:
                 return Response(status_code=499)  # nobody reads it; the access log has it as nginx would
 
     async def _receive(self, request: Request, stack: AsyncExitStack) -> Order:
         """Return the form, its file on disk."""
-        if self._present >= AT_ONCE:
+        if self._places.locked():
             raise Failure(503, "too many files at once", "server_busy")
-        self._present += 1
-        stack.callback(self._leave)
+        await stack.enter_async_context(self._places)
         if int(request.headers.get("content-length") or 0) > MAX_MEGABYTES * 2**20 + FIELDS_BYTES:
             raise too_large()
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -141,9 +129,6 @@ class Uploads:
         stack.push_async_callback(form.close)
         return self._checked(form)
 
-    def _leave(self) -> None:
-        self._present -= 1
-
     def _checked(self, form: FormData) -> Order:
         file, model = form.get("file"), str(form.get("model") or "")
         if not isinstance(file, UploadFile):
@@ -155,9 +140,8 @@ class Uploads:
         if kind not in FORMATS:
             message = f"response_format {kind!r} is none of {', '.join(FORMATS)}"
             raise Failure(400, message, "invalid_form", "response_format")
-        wanted = [
-            str(name) for key in ("timestamp_granularities[]", "timestamp_granularities") for name in form.getlist(key)
-        ]
+        keys = ("timestamp_granularities[]", "timestamp_granularities")
+        wanted = [str(name) for key in keys for name in form.getlist(key)]
         if not set(wanted) <= set(GRANULARITIES):
             message = f"timestamp_granularities[] are none of {', '.join(GRANULARITIES)}"
             raise Failure(400, message, "invalid_form", "timestamp_granularities[]")
@@ -169,14 +153,12 @@ class Uploads:
     async def _answer(self, request: Request, order: Order, stack: AsyncExitStack) -> Response:
         """Transcribe; return the answer, or its beginning if it is to be streamed."""
         items = await stack.enter_async_context(aclosing(self._transcribe(request, order)))
-        first = await anext(items)  # what is wrong with the file is an HTTP status, also of a stream
+        item = await anext(items)  # what is wrong with the file is an HTTP status, also of a stream
         if order.stream:
-            return Stream(events(first, items), stack.pop_all())
-        words = []
-        while not isinstance(first, Transcript):
-            words.append(first)
-            first = await anext(items)
-        transcript = first
+            return Stream(events(item, items), stack.pop_all())
+        while not isinstance(item, Transcript):
+            item = await anext(items)
+        transcript = item
         headers = {"X-Transcript-Warning": ascii(transcript.warning)[1:-1]} if transcript.warning else {}
         return Response(written(transcript, order), media_type=FORMATS[order.form], headers=headers)
 
@@ -197,7 +179,7 @@ class Uploads:
                     if "complete" in entry:
                         summary = entry
                     else:
-                        words.append(word(entry))
+                        words.append(client_module("timeline").Word(**entry))
                         yield words[-1]
                 lines = (await complaints).decode(errors="replace").strip().splitlines()
                 watching.cancel()
@@ -229,10 +211,6 @@ class Uploads:
                 self._freed.notify_all()
 
 
-class Gone(Exception):
-    """The client has hung up."""
-
-
 class Stream(StreamingResponse):
     """Server-sent events; `stack` holds what they come from."""
 
@@ -246,7 +224,7 @@ class Stream(StreamingResponse):
 
 
 async def unless_gone(request: Request, work: Any) -> Response:
-    """Return what `work` does; cancel it when the client hangs up. Raises Gone."""
+    """Return what `work` does; cancel it when the client hangs up. Raises ClientDisconnect."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -257,7 +235,7 @@ async def unless_gone(request: Request, work: Any) -> Response:
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Gone
+        raise ClientDisconnect
     finally:
         for task in (working, watching):
             task.cancel()
@@ -282,9 +260,8 @@ async def bounded(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def too_large() -> Failure:
-    return Failure(
-        413, f"the file is larger than {MAX_MEGABYTES} MB (MAX_UPLOAD_MB of the server)", "too_large", "file"
-    )
+    message = f"the file is larger than {MAX_MEGABYTES} MB (MAX_UPLOAD_MB of the server)"
+    return Failure(413, message, "too_large", "file")
 
 
 @asynccontextmanager
@@ -344,30 +321,24 @@ def client_module(name: str) -> Any:
     return __import__(f"voxtral_client.{name}", fromlist=[name])
 
 
-def word(entry: dict) -> Any:
-    return client_module("timeline").Word(**entry)
-
-
 def written(transcript: Transcript, order: Order) -> str | bytes:
     """Return the answer's body."""
     if order.form == "text":
         return transcript.text + "\n"
     if order.form in ("srt", "vtt"):
-        writer = client_module("subtitles").FORMATS[order.form](file := Kept())
-        for each in transcript.words:
-            writer.write(each)
+        writer = client_module("subtitles").FORMATS[order.form](file := BytesIO(), standard=True)  # leaves it open
+        for word in transcript.words:
+            writer.write(word)
         writer.close()
         return file.getvalue()
     answer = {"text": transcript.text}
     if order.form == "verbose_json":
-        times = {"task": "transcribe", "language": order.language, "duration": transcript.seconds}
-        answer = times | answer
+        answer |= {"task": "transcribe", "language": order.language, "duration": transcript.seconds}
         if "segment" in order.granularities:
             answer["segments"] = list(segments(transcript.words))
         if "word" in order.granularities:
-            answer["words"] = [
-                {"word": each.text.strip(), "start": each.start, "end": each.end} for each in transcript.words
-            ]
+            timed = ({"word": word.text.strip(), "start": word.start, "end": word.end} for word in transcript.words)
+            answer["words"] = list(timed)
     return json.dumps(answer | ending(transcript), ensure_ascii=False)
 
 
@@ -389,21 +360,14 @@ def segments(words: list[Any]) -> Iterator[dict]:
         yield times | {"text": subtitles.text_of(cue[0]), "tokens": [], "temperature": 0.0} | unknown
 
 
-class Kept(BytesIO):
-    """A file in memory that can be read after it was closed."""
-
-    def close(self) -> None:
-        pass
-
-
-async def events(first: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
+async def events(item: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
     """Yield server-sent events: a delta for each word, the whole text, [DONE]; or an error."""
     begun = False
     try:
-        while not isinstance(first, Transcript):
-            yield event("transcript.text.delta", delta=first.text if begun else first.text.lstrip())
-            begun, first = True, await anext(items)
-        yield event("transcript.text.done", text=first.text, **ending(first))
+        while not isinstance(item, Transcript):
+            yield event("transcript.text.delta", delta=item.text if begun else item.text.lstrip())
+            begun, item = True, await anext(items)
+        yield event("transcript.text.done", text=item.text, **ending(item))
         yield "data: [DONE]\n\n"
     except Failure as failure:
         yield f"data: {failure.answer.body.decode()}\n\n"
