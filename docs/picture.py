@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make docs/terminal.svg: the terminal while stream_microphone.py captions the sample, from a real run.
+"""Make docs/terminal.svg: the terminal while stream_microphone.py transcribes the sample, from a real run.
 
     docs/picture.py --url ws://localhost:8000/v1/realtime
 
-Needs what the microphone's tests need (scripts/check) and a server with the embedded checkpoint.
+Requires the packages of the microphone's tests (scripts/check) and a server with the embedded checkpoint.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from captioner import COLUMNS, Captioner  # noqa: E402
 from pulse import pulseaudio, until  # noqa: E402
 
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
-NAMES = {"brown": "yellow", "brightblack": "bright_black"}  # pyte's name: rich's
+NAMES = {"brown": "yellow", "brightblack": "bright_black"}  # pyte's name: rich's name
 
 
 def shown(captioner: Captioner) -> Text:
-    """Return the terminal's content with its colors."""
+    """Return the terminal's text with its colors."""
     text = Text(no_wrap=True)
     for number, line in enumerate(captioner.terminal.display):
         row = captioner.terminal.buffer[number]

@@ -1,9 +1,9 @@
 #!/usr/bin/env python3
-"""Make docs/captions.png: the captions page in Chromium while it hears the sample, from a real run.
+"""Make docs/captions.png: the captions page in Chromium while it transcribes the sample, from a real run.
 
     docs/screenshot.py --url http://localhost:8000/captions/
 
-Needs what the tests need (scripts/check) and a server with the embedded checkpoint.
+Requires the tests' packages (scripts/check) and a server with the embedded checkpoint.
 """
 
 import argparse
@@ -24,7 +24,7 @@ SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
 
 async def run(url: str) -> None:
-    """Play the sample to the page twice, and look at it in the middle of the second time."""
+    """Play the sample to the page twice, and take the picture during the second time."""
     samples, rate = soundfile.read(SAMPLE)
     with tempfile.NamedTemporaryFile(suffix=".wav") as wav:
         soundfile.write(wav.name, np.concatenate([samples, np.zeros(3 * rate), samples]), rate)

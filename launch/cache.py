@@ -1,4 +1,4 @@
-"""Our own folder in the user's cache: what can be made again at any time."""
+"""This project's folder in the user's cache. Its files can be deleted at any time."""
 
 import os
 import tempfile
@@ -9,17 +9,17 @@ from . import Stop
 
 
 def cache_folder() -> Path:
-    """Return the folder, which exists then. Raises Stop."""
+    """Return the folder, and create it if needed. Raises Stop."""
     folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "voxtral"
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise Stop(f"{folder}: {error.strerror}; XDG_CACHE_HOME names another place") from None
+        raise Stop(f"{folder}: {error.strerror}; set XDG_CACHE_HOME to another folder") from None
     return folder
 
 
 def place(path: Path, make: Callable[[Path], object]) -> None:
-    """Put what `make(path)` makes in the place of `path`, at once: another server may be reading."""
+    """Replace `path` atomically by what `make(new_path)` creates: another server may be reading it. Raises OSError."""
     with tempfile.TemporaryDirectory(dir=cache_folder()) as scratch:
         new = Path(scratch, path.name)
         make(new)

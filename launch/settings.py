@@ -1,10 +1,10 @@
-"""The variables of serve.sh, and the options of vllm serve that win over them."""
+"""The variables of serve.sh, and the options of vllm serve that take precedence over them."""
 
 from collections.abc import Mapping
 
 from . import Stop
 
-# Options of vllm serve whose value is looked at here, and the variables they win over.
+# Options of vllm serve that are read here, and the variables over which they take precedence.
 OPTIONS = {
     "--host": "HOST",
     "--port": "PORT",
@@ -26,12 +26,12 @@ NUMBERS = dict.fromkeys(INTEGERS, int) | {"GPU_MEMORY_UTILIZATION": float, "SESS
 
 
 class Settings:
-    """`settings["HOST"]` is the value that vLLM will use, as text; empty if there is none."""
+    """`settings["HOST"]` is the value that vLLM will use, as text; empty if there is none. Raises Stop."""
 
     def __init__(self, environment: Mapping[str, str], arguments: list[str]):
         self._environment = environment
         self._given: dict[str, tuple[str, str]] = {}  # variable: (option as written, value)
-        self._default: dict[str, str] = {}  # variable: value worked out from others
+        self._default: dict[str, str] = {}  # variable: value computed from others
         for argument, following in zip(arguments, [*arguments[1:], ""], strict=False):
             option, equals, value = argument.partition("=")
             if variable := OPTIONS.get(option.replace("_", "-")):
@@ -44,10 +44,10 @@ class Settings:
             except ValueError:
                 fits = False
             if not fits and variable not in self._given:
-                whole = "whole " if kind is int else ""
-                raise Stop(f"{variable}={text}: must be a {whole}number {least}", 2)
+                number = "whole number" if kind is int else "number"
+                raise Stop(f"{variable}={text}: must be a {number} {least}", 2)
         if not self["MAX_NUM_BATCHED_TOKENS"] and (seqs := self.number("MAX_NUM_SEQS")):
-            # Two sessions that begin beside all others that go on; more would only reserve memory in each session.
+            # Enough for two sessions to begin while all others run. More would only reserve memory for each session.
             self._default["MAX_NUM_BATCHED_TOKENS"] = str(-(-(2 * FIRST_CHUNK + int(seqs)) // 8) * 8)
         seqs, tokens = self.number("MAX_NUM_SEQS"), self.number("MAX_NUM_BATCHED_TOKENS")
         if seqs and tokens and tokens < seqs:
@@ -60,15 +60,16 @@ class Settings:
         return self._environment.get(variable, "") or self._default.get(variable, "")
 
     def number(self, variable: str) -> float | None:
-        """None where there is none, or one in another way of writing that vLLM knows (32k, auto)."""
+        """Return the value; None if there is none, or one that only vLLM can read (32k, auto)."""
         try:
             return float(self[variable])
         except ValueError:
             return None
 
     def on_command_line(self, variable: str) -> bool:
+        """Return whether the value comes from an option."""
         return variable in self._given
 
     def assignment(self, variable: str, value: object) -> str:
-        """How the user sets it: VARIABLE=VALUE, or the option if that is on the command line and would win."""
+        """Return how the user sets it: VARIABLE=VALUE, or the option if that is on the command line."""
         return f"{self._given[variable][0]} {value}" if variable in self._given else f"{variable}={value}"

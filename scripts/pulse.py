@@ -1,4 +1,4 @@
-"""A sound system without hardware: PulseAudio (and JACK) of its own, in a private folder."""
+"""A sound system without hardware: a separate PulseAudio in a temporary folder."""
 
 import os
 import subprocess
@@ -10,9 +10,9 @@ from pathlib import Path
 
 
 class Pulse:
-    """A PulseAudio daemon with a loudspeaker `room` and, once plugged in, a microphone `mic` that hears it.
+    """A PulseAudio daemon with a loudspeaker `speaker` and, after `plug`, a microphone that records its signal.
 
-    `environment` is that of a program that shall see these devices and no others.
+    `environment`: for programs that should have only these devices.
     """
 
     def __init__(self, folder: Path):
@@ -35,14 +35,14 @@ class Pulse:
         until(lambda: self.control("info", check=False))
 
     def control(self, *command: str, check: bool = True) -> str:
-        """Run pactl and return what it says."""
+        """Run pactl and return its output. Raises AssertionError if it fails and `check` is true."""
         result = subprocess.run(["pactl", *command], env=self.environment, capture_output=True, text=True, timeout=20)
         assert not check or result.returncode == 0, result.stderr
         return result.stdout.strip()
 
     def plug(self, name: str = "mic") -> None:
         """Plug in a microphone."""
-        self.control("load-module", "module-remap-source", "master=room.monitor", f"source_name={name}")
+        self.control("load-module", "module-remap-source", "master=speaker.monitor", f"source_name={name}")
 
     def unplug(self) -> None:
         """Unplug the microphone, if there is one."""
@@ -50,16 +50,16 @@ class Pulse:
             self.control("unload-module", "module-remap-source")
 
     def recording(self, pid: int) -> bool:
-        """Does this process record?"""
+        """Return whether the process `pid` records."""
         streams = self.control("list", "source-outputs").split("Source Output #")
         return any("Corked: no" in s and f'application.process.id = "{pid}"' in s for s in streams)
 
-    def play(self, path: Path, speaker: str = "room") -> subprocess.Popen:
-        """Play a file; the process ends when it has been heard."""
+    def play(self, path: Path, speaker: str = "speaker") -> subprocess.Popen:
+        """Play a file. The process ends with the sound."""
         return subprocess.Popen(["paplay", f"--device={speaker}", str(path)], env=self.environment)
 
     def stop(self) -> None:
-        """Stop all daemons: JACK last, since with a client left it keeps its place, one of eight, in /dev/shm."""
+        """Stop all daemons. JACK is last: while it has a client, it keeps its entry, one of eight, in /dev/shm."""
         for daemon in self._daemons:
             daemon.terminate()
             daemon.wait(20)
@@ -68,20 +68,20 @@ class Pulse:
 
 @contextmanager
 def pulseaudio() -> Iterator[Pulse]:
-    """A Pulse with its loudspeaker, in a folder whose name is short enough for a socket."""
+    """Yield a Pulse with its loudspeaker. The path of its folder is short enough for a socket."""
     with tempfile.TemporaryDirectory(prefix="pulse") as folder:
         pulse = Pulse(Path(folder))
         try:
-            # norewinds: else the first second of a sound is lost
-            pulse.control(*"load-module module-null-sink sink_name=room norewinds=1 rate=44100 channels=2".split())
+            # Without norewinds the first second of a sound is lost.
+            pulse.control(*"load-module module-null-sink sink_name=speaker norewinds=1 rate=44100 channels=2".split())
             yield pulse
         finally:
             pulse.stop()
 
 
 def until(condition, seconds: float = 120) -> None:
-    """Wait until `condition()` is true; fail if it never is."""
+    """Wait until `condition()` is true. Raises AssertionError after `seconds`."""
     end = time.monotonic() + seconds
     while not condition():
-        assert time.monotonic() < end, "waited in vain"
+        assert time.monotonic() < end, f"the condition is still false after {seconds:g} s"
         time.sleep(0.05)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""stream_microphone.py for half an hour: does its memory grow, does the text fall behind?
+"""Run stream_microphone.py for half an hour: does its memory grow, does the text fall behind?
 
     scripts/soak_microphone.py --url ws://localhost:8000/v1/realtime --minutes 30
 
-Speech is played into a PulseAudio of its own over and over, as in the tests (Linux; packages: see
-scripts/check). Prints a line for each minute (resident memory of the client, lag as its status line
-shows it) and a line of JSON last. Against a server with the embedded checkpoint the words are checked too.
+A separate PulseAudio plays the speech again and again, as in the tests (Linux; packages: scripts/check). The script
+prints a line for each minute (resident memory of the client, lag from its status line) and a line of JSON last. If a
+.txt file is beside the audio, its words are compared with the captions.
 """
 
 import argparse
@@ -57,7 +57,7 @@ def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
     expected = options.audio_path.with_suffix(".txt")
     if expected.exists():
         spoken, got = expected.read_text().split() * (rounds + 1), text.read_text().split()
-        figures |= {"words_spoken": len(spoken), "words_heard": len(got), "all_right": spoken == got}
+        figures |= {"words_spoken": len(spoken), "words_printed": len(got), "all_correct": spoken == got}
     return figures
 
 

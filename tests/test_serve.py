@@ -169,7 +169,7 @@ def test_first_start_from_the_hub_with_another_delay(tmp_path):
         finally:
             server.kill()
     log = server.log.read_text()
-    assert re.search(r"Room for \d+\.\d sessions of 1 minutes at once", log)
+    assert re.search(r"Memory for \d+\.\d sessions of 1 minutes at once", log)
 
 
 async def one_session(server) -> int:

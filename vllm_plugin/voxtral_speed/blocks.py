@@ -1,11 +1,11 @@
-"""A session is looked at by the allocator of the KV cache only when it needs a block.
+"""The allocator of the KV cache handles a session only when the session needs a block.
 
-vLLM: `allocate_slots` works out for each frame, in each group of layers, which blocks have left the attention window
-and how many are needed. For 15 of 16 frames (the smallest block) the answer is none.
+vLLM: for each frame and each group of layers, `allocate_slots` computes which blocks have left the attention window and
+how many blocks are needed. For 15 of 16 frames (the smallest block) the answer is none.
 Cost: 6 % of the engine's main thread with 128 live streams on an H100.
-Relies on: one new token over computed ones, in blocks that are multiples of the smallest; no prefix caching, which
-would have to book full blocks. Blocks that have left the window are given back up to 15 frames later.
-Needless with: the same shortcut in vLLM (no issue known).
+Relies on: one new token after computed tokens; block sizes that are multiples of the smallest; no prefix caching, which
+must record full blocks. Blocks that have left the window are freed up to 15 frames later.
+Unnecessary with: the same shortcut in vLLM (no issue known).
 """
 
 from . import expect
@@ -31,7 +31,7 @@ def apply_to_engine() -> None:
 
 
 def smallest_block(manager) -> int:
-    """Return the tokens of the smallest block, by which all others can be divided, or 1; kept in the manager."""
+    """Return the size of the smallest block in tokens, or 1 if it does not divide all others. Cached in the manager."""
     sizes = [group.block_size for group in manager.coordinator.single_type_managers]
     smallest = min(sizes)
     manager.smallest_block = smallest if all(size % smallest == 0 for size in sizes) else 1

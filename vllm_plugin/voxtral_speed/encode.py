@@ -1,20 +1,20 @@
 """The mel spectrogram and the two convolutions are computed for all frames of a step at once, on a GPU as one graph.
 
-vLLM: `VoxtralRealtimeGeneration.embed_multimodal` does it for one frame after the other, some 28 small kernels each,
-and puts the results into a cache, from which they are gathered one by one for the same step.
-Cost: 0.12 to 0.18 ms a session and step; a third of the engine's main thread with 32 live streams on an H100.
-Without the graph and with the cache, still a fifth with 128.
-Relies on: frames of equal length, which are all but a session's first (those of another length make a batch of their
-own); on a GPU, where every request of a step is one frame of a session, also on a frame that is used in the step
-that encodes it, which `release` and `ended` see to.
-Needless with: a batched `embed_multimodal` in vLLM (no issue known).
+vLLM: `VoxtralRealtimeGeneration.embed_multimodal` handles one frame after the other, with about 28 small kernels each.
+It puts the results into a cache, from which the same step gathers them one by one.
+Cost: 0.12 to 0.18 ms a session and step, a third of the engine's main thread with 32 live streams on an H100. As a
+batch without the graph and with the cache it is a fifth with 128 streams.
+Relies on: frames of equal length. All frames but a session's first have it; frames of another length are a separate
+batch. If each request of a step on a GPU is one frame of a session, the frame is written directly into the model's
+input. That relies on a frame being used in the step that encodes it, which `release` and `ended` ensure.
+Unnecessary with: a batched `embed_multimodal` in vLLM (no issue known).
 """
 
 from voxtral_int4 import is_voxtral_realtime
 
 from . import active, expect, logger
 
-IN_FLIGHT = 4  # copies to the GPU that may be under way; vLLM has two steps in flight at most
+IN_FLIGHT = 4  # copies to the GPU that may run at once; vLLM has at most two steps in flight
 
 
 def apply_to_engine() -> None:
@@ -53,7 +53,7 @@ def apply_to_engine() -> None:
 
 
 def embed_batch(model, audio):
-    """Embed `audio`, (frames, samples), as (frames, tokens, width)."""
+    """Return the embeddings of `audio`, (frames, samples), as (frames, tokens, width)."""
     from torch.nn.functional import gelu
 
     whisper = model.whisper_encoder
@@ -68,7 +68,7 @@ def embed_batch(model, audio):
 
 
 def encode_on_gpu() -> None:
-    """Have a step of single frames encoded straight into the model's input. Raises Unexpected."""
+    """Encode steps of single frames directly into the model's input. Raises Unexpected."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
@@ -96,7 +96,10 @@ def encode_on_gpu() -> None:
 
 
 def single_frames(features: dict, scheduled: dict[str, list[int]], batch) -> list | None:
-    """Return the audio of each request of a step, in the batch's order, if each is one new frame of one length."""
+    """Return the audio of a step's requests, one tensor (samples,) each, in the batch's order.
+
+    Return None if a request is not exactly one new frame, or if the frames differ in length.
+    """
     if not len(scheduled) == len(batch.req_ids) == batch.num_tokens:
         return None
     numbers = [scheduled.get(request, ()) for request in batch.req_ids]
@@ -113,11 +116,11 @@ class FrameEncoder:
     """Mel and convolutions of up to `most` frames, captured as CUDA graphs."""
 
     def __init__(self, model, most: int, device):
-        """Capture a graph for each size of batch; takes some 20 ms each."""
+        """Capture a graph for each size of batch, which takes about 20 ms."""
         import torch
 
         audio = model.audio_config
-        # A frame is 80 ms of audio with what streaming looks back and ahead.
+        # A frame is 80 ms of audio plus the look-back and look-ahead of streaming.
         milliseconds = 1000 / audio.frame_rate + audio.streaming_look_back_ms + audio.streaming_look_ahead_ms
         self.samples = round(audio.sampling_rate * milliseconds / 1000)
         dtype = model.whisper_encoder.dtype
@@ -131,7 +134,7 @@ class FrameEncoder:
                 stream = torch.cuda.Stream(device)
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
-                    for _ in range(2):  # plans of the Fourier transform and the convolutions are made outside the graph
+                    for _ in range(2):  # plans of the Fourier transform and convolutions are made outside the graph
                         embed_batch(model, self._input[:size])
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
@@ -142,7 +145,7 @@ class FrameEncoder:
         logger.info("Captured %d graphs of mel and convolutions", len(self._graphs))
 
     def __call__(self, audio: list):
-        """Return the embeddings of `audio`, a tensor of `samples` on the CPU a frame, as (frames, width)."""
+        """Return the embeddings (frames, width) of `audio`: for each frame a tensor (samples,) on the CPU."""
         import torch
 
         count = len(audio)

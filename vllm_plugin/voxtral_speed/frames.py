@@ -1,9 +1,9 @@
 """The frames of a session, as the patches of the scheduler see them.
 
-In vLLM a realtime session is one `Request` that grows by a frame (80 ms of audio, one token) at a time. Its
-`mm_features` is a list with one `MultiModalFeatureSpec` a frame, addressed by index and by bisection over positions:
-an entry may become small, but must stay. `mark_sessions` makes a `Frames` of that list, by which the patches know a
-session of Voxtral Realtime from every other request.
+In vLLM a realtime session is one `Request` that grows by one frame (80 ms of audio, one token) at a time. Its
+`mm_features` is a list with one `MultiModalFeatureSpec` for each frame. vLLM finds entries by index and by bisection
+over positions: an entry may become small, but must stay. `mark_sessions` turns this list into a `Frames`. The patches
+recognize a session of Voxtral Realtime by this type.
 """
 
 import functools
@@ -14,15 +14,15 @@ from . import expect
 
 
 class Frames(list):
-    """The features of one session. `spent`: how many have lost their audio, so that they cannot be computed again."""
+    """The features of one session. `spent`: how many frames have lost their audio and cannot be computed again."""
 
     spent = 0
 
 
 class Spent(int):
-    """What remains of a frame that is in the KV cache: its position in tokens, in 44 bytes.
+    """What remains of a frame that is in the KV cache: its position in tokens. It takes 44 bytes.
 
-    It has the attributes of MultiModalFeatureSpec and PlaceholderRange that are read of such a frame.
+    It has those attributes of MultiModalFeatureSpec and PlaceholderRange that vLLM reads from such a frame.
     """
 
     __slots__ = ()
@@ -41,7 +41,7 @@ class Spent(int):
 
 @functools.cache
 def mark_sessions() -> None:
-    """Have every new session of Voxtral Realtime hold its features in `Frames`. Raises Unexpected."""
+    """Make every new session of Voxtral Realtime keep its features in `Frames`. Raises Unexpected."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     add_request = Scheduler.add_request

@@ -1,12 +1,12 @@
 """A frame's input for the engine is built directly.
 
-vLLM: each frame goes through the whole multimodal processor (tokens, Hugging Face's processor, hashes,
+vLLM: each frame passes through the complete multimodal processor (tokens, Hugging Face's processor, hashes,
 placeholders), in one thread for all sessions.
 Cost: 0.39 ms a frame, 80 % of the API process's work.
-Relies on: what the processor makes of a frame, which is its samples in the model's dtype and one placeholder over
-all its tokens (`VoxtralRealtimeMultiModalProcessor`). Numbers and tokens are the same bit for bit. Identifiers are a
-running number in place of a hash of the audio, so equal frames (silence) are computed each for itself.
-Needless with: vllm#44364.
+Relies on: the processor's output for a frame is its samples in the model's dtype and one placeholder for all its tokens
+(`VoxtralRealtimeMultiModalProcessor`). Samples and tokens are the same bit for bit. Identifiers are sequence numbers,
+not hashes of the audio, so each of several equal frames (silence) is computed.
+Unnecessary with: vllm#44364.
 """
 
 import uuid

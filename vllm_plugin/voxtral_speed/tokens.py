@@ -1,12 +1,9 @@
-"""A session's tokens are kept as an array in the worker on a CPU, in place of converting the whole list for each
-frame.
+"""The worker on a CPU keeps a session's tokens as an array, and does not convert the complete list for each frame.
 
-vLLM (model runner V1, which serves on CPUs): `InputBatch.add_request` copies all tokens of the session from a Python
-list.
-Cost: 0.46 ms a session and frame after 44 minutes; as an array it is a copy of 128 KiB, some µs.
-Relies on: a list of tokens that only grows, and readers of `CachedRequestState.prompt_token_ids` that take any
-sequence.
-Needless with: model runner V2 on CPUs.
+vLLM (model runner V1, which CPUs use): `InputBatch.add_request` copies all tokens of the session from a Python list.
+Cost: 0.46 ms a session and frame after 44 minutes. From an array it is a copy of 128 KiB, which takes some µs.
+Relies on: the list of tokens only grows; the readers of `CachedRequestState.prompt_token_ids` accept any sequence.
+Unnecessary with: model runner V2 on CPUs.
 """
 
 import numpy as np
@@ -16,7 +13,7 @@ from .frames import Frames, mark_sessions
 
 
 def apply_to_engine() -> bool | None:
-    """Raises Unexpected. Returns False where there is a GPU, which has model runner V2."""
+    """Return False on a GPU, which uses model runner V2. Raises Unexpected."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -48,7 +45,7 @@ class Tokens:
         self._array, self._count = np.empty(1024, np.int32), 0
 
     def follow(self, tokens: list[int]) -> np.ndarray:
-        """Return `tokens`, which begins with what it was the last time, as int32."""
+        """Return `tokens` as int32, shape (tokens,). It must begin with the tokens of the last call."""
         if len(tokens) > len(self._array):
             self._array = np.resize(self._array, 2 * len(tokens))
         self._array[self._count : len(tokens)] = tokens[self._count :]
