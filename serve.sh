@@ -62,7 +62,7 @@ name=$MODEL
 # Checks what would fail after vLLM's long start, downloads the model, prepares the tokenizer for another delay.
 export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA's default is the fastest first
 found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$@") || exit
-{ read -r device visible; read -r model; read -r tokenizer; read -r sessions; read -r batch; } <<< "$found"
+{ read -r device visible; read -r model; read -r tokenizer; read -r executor; read -r sessions; read -r batch; } <<< "$found"
 [ -z "$visible" ] || export CUDA_VISIBLE_DEVICES=$visible # vLLM needs indices, not UUIDs
 
 options=(
@@ -82,6 +82,7 @@ case $QUANTIZATION in
   bitsandbytes) options+=(--quantization bitsandbytes --load-format bitsandbytes) ;;
   *) options+=(--quantization "$QUANTIZATION" --load-format mistral) ;;
 esac
+[ -z "$executor" ] || options+=(--distributed-executor-backend "$executor") # with --data-parallel-size
 [ -z "$tokenizer" ] || options+=(--tokenizer "$tokenizer")
 [ -z "$TLS_CERT" ] || options+=(--ssl-certfile "$TLS_CERT" --ssl-keyfile "$TLS_KEY")
 if [ "$device" = gpu ]; then

@@ -1,11 +1,12 @@
-"""python -m launch [options of vllm serve]: run all checks, download, then print five lines on stdout.
+"""python -m launch [options of vllm serve]: run all checks, download, then print six lines on stdout.
 
 The settings are serve.sh's environment variables. The lines are:
 1. "cpu", or "gpu" with the value for CUDA_VISIBLE_DEVICES if there is one
 2. the folder with the model's files
 3. the folder with the tokenizer if it is another one, else empty
-4. the number of sessions at once
-5. the number of frames in one step
+4. the value for --distributed-executor-backend, or empty
+5. the number of sessions at once, of all engines together
+6. the number of frames in one step
 """
 
 import os
@@ -21,8 +22,8 @@ from .settings import Settings
 from .weights import FILES, download
 
 
-def prepare(arguments: list[str]) -> tuple[str, Path, Path | str, str, str]:
-    """Run all checks, the cheapest first. Return the five lines. Raises Stop."""
+def prepare(arguments: list[str]) -> tuple[object, ...]:
+    """Run all checks, the cheapest first. Return the six lines. Raises Stop."""
     if not find_spec("voxtral_web"):
         raise Stop("the plugins of vllm_plugin/ are not installed, or too old: run ./setup.sh")
     settings = Settings(os.environ, arguments)
@@ -46,7 +47,9 @@ def prepare(arguments: list[str]) -> tuple[str, Path, Path | str, str, str]:
         model = download(settings["MODEL"], settings["MODEL_REVISION"])
     tokenizer = tokenizer_with(delay, model / "tekken.json") if delay else None
     device = f"gpu {found.visible}" if found else "cpu"
-    return device, served_folder(model), tokenizer or "", settings["MAX_NUM_SEQS"], settings["MAX_NUM_BATCHED_TOKENS"]
+    sessions = settings.engines * int(settings.number("MAX_NUM_SEQS") or 0) or settings["MAX_NUM_SEQS"]
+    frames = settings["MAX_NUM_BATCHED_TOKENS"]
+    return device, served_folder(model), tokenizer or "", settings.executor, sessions, frames
 
 
 def main(*arguments: str) -> int:

@@ -19,7 +19,15 @@ OPTIONS = {
     "--tokenizer": "TOKENIZER",
     "--api-key": "API_KEY",
     "--kv-cache-dtype": "KV_CACHE_DTYPE",
+    "--data-parallel-size": "DATA_PARALLEL_SIZE",
+    "-dp": "DATA_PARALLEL_SIZE",
 }
+# Options with which vLLM must choose how its workers run.
+OPTIONS |= dict.fromkeys(
+    "--distributed-executor-backend --tensor-parallel-size -tp --pipeline-parallel-size -pp --nnodes -n "
+    "--prefill-context-parallel-size -pcp --data-parallel-backend -dpb".split(),
+    "EXECUTOR",
+)
 INTEGERS = "PORT MAX_MODEL_LEN MAX_NUM_SEQS MAX_NUM_BATCHED_TOKENS CPU_KVCACHE_GB MAX_UPLOAD_MB UPLOAD_SESSIONS".split()
 FIRST_CHUNK = 39  # tokens with which a session begins: 1 + 32 of padding + the delay of 480 ms
 NUMBERS = dict.fromkeys(INTEGERS, int) | {"GPU_MEMORY_UTILIZATION": float, "SESSION_IDLE_MINUTES": float}
@@ -65,6 +73,20 @@ class Settings:
             return float(self[variable])
         except ValueError:
             return None
+
+    @property
+    def engines(self) -> int:
+        """How many engines vLLM starts: --data-parallel-size, or 1."""
+        size = self["DATA_PARALLEL_SIZE"] if self.on_command_line("DATA_PARALLEL_SIZE") else ""
+        return int(size) if size.isdecimal() else 1
+
+    @property
+    def executor(self) -> str:
+        """`uni` for several engines of one worker each; "": vLLM chooses.
+
+        vLLM itself would run each worker in its own process, and the speed patch `features` would be off.
+        """
+        return "uni" if self.engines > 1 and not self.on_command_line("EXECUTOR") else ""
 
     def on_command_line(self, variable: str) -> bool:
         """Return whether the value comes from an option."""

@@ -94,6 +94,10 @@ def test_what_vllm_is_started_with(tmp_path):
     assert result.stdout.startswith("GPU=1 serve"), result.stderr
     assert "--max-num-queued-reqs 16" in result.stdout
     assert "--gpu-memory-utilization" in result.stdout
+    assert "--distributed-executor-backend" not in result.stdout
+    both = serve("--data-parallel-size", "2", **settings | {"CUDA_VISIBLE_DEVICES": "0,1"}).stdout
+    assert "--max-num-queued-reqs 16 " in both
+    assert "--distributed-executor-backend uni " in both
 
 
 @pytest.mark.parametrize("script", ["serve.sh", "setup.sh", "demo.sh"])
