@@ -1,6 +1,6 @@
 """Measure a checkpoint on a running vLLM server: word error rates, word times and false alarms.
 
-    python measure.py CLIPS [--url ws://127.0.0.1:8000/v1/realtime] [--model NAME]
+    python measure.py CLIPS                    measures the model `tiny` of the server on port 8000
     python measure.py CLIPS --write FOLDER     writes the sentences of the held-out voices, for ../../evaluate.py
 
 CLIPS is the folder of make_data.py. Each voice reads its words in random order, with pauses of 0.1 to 0.6 s, 60 dB
@@ -26,6 +26,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from voxtral_client.audio import to_pcm16
 from voxtral_client.session import Done, Server
 
+SERVER = Server("ws://127.0.0.1:8000/v1/realtime")
+FREE = asyncio.Semaphore(4)  # sessions at once
 # voice, words, utterances
 HELD_OUT = [("fsdd-theo", DIGITS, 30), ("flite-rms", WORDS, 14), ("espeak-en-gb-scotland", WORDS, 14)]
 TRAINED = [("allison", WORDS, 14), ("fsdd-george", DIGITS, 10), ("kokoro", WORDS, 7)]
@@ -69,10 +71,10 @@ def sounds(rng: np.random.Generator, seconds: int = 20) -> dict[str, np.ndarray]
     return out
 
 
-async def transcribe(server: Server, model: str, audio: np.ndarray) -> list[str]:
+async def transcribe(audio: np.ndarray) -> list[str]:
     """Return the text of each frame of `audio`, samples at 16 kHz."""
     pcm, frames = to_pcm16(audio), []
-    async with server.session(model) as session:
+    async with FREE, SERVER.session("tiny") as session:
         for i in range(0, len(pcm), 2**15):
             await session.send(pcm[i : i + 2**15])
         await session.finish()
@@ -102,19 +104,11 @@ def starts(frames: list[str]) -> list[float]:
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path)
-    parser.add_argument("--url", default="ws://127.0.0.1:8000/v1/realtime")
-    parser.add_argument("--model", default="tiny")
     parser.add_argument("--write", type=Path, metavar="FOLDER", help="only write the sentences of the held-out voices")
     options = parser.parse_args()
     if options.write and options.write.exists():
         parser.error(f"{options.write} exists")
-    server = Server(options.url)
-    free, rng = asyncio.Semaphore(4), np.random.default_rng(7)
-
-    async def recognize(audio: np.ndarray) -> list[str]:
-        async with free:
-            return await transcribe(server, options.model, audio)
-
+    rng = np.random.default_rng(7)
     voices = clips_by_voice(options.clips)
     for voice, vocabulary, count in HELD_OUT + ([] if options.write else TRAINED):
         if voice not in voices:
@@ -125,7 +119,7 @@ async def main() -> None:
         if options.write:
             write(options.write, voice, [(words, audio) for words, (audio, _) in zip(order, made, strict=True)])
             continue
-        results = await asyncio.gather(*(recognize(audio) for audio, _ in made))
+        results = await asyncio.gather(*(transcribe(audio) for audio, _ in made))
         errors, lags, wrong = 0, [], []
         for words, (_, ends), frames in zip(order, made, results, strict=True):
             recognized = "".join(frames).split()
@@ -145,9 +139,9 @@ async def main() -> None:
     if options.write:
         return
     for name, audio in sounds(rng).items():
-        print(f"{name:24} recognized: {''.join(await recognize(audio)) or 'nothing'}", flush=True)
+        print(f"{name:24} recognized: {''.join(await transcribe(audio)) or 'nothing'}", flush=True)
     prompts = np.concatenate([clip for clip, *_ in clips([options.clips / "prompts.npz"])][::8])
-    text = "".join(await recognize(0.3 * prompts))
+    text = "".join(await transcribe(0.3 * prompts))
     print(f"{'other words (trained)':24} {len(prompts) / RATE:.0f} s recognized: {text}")
 
 

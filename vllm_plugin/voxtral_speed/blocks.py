@@ -8,6 +8,8 @@ must record full blocks. Blocks that have left the window are freed up to 15 fra
 Unnecessary with: the same shortcut in vLLM (no issue known).
 """
 
+import functools
+
 from . import expect
 from .frames import Frames, mark_sessions
 
@@ -21,18 +23,16 @@ def apply_to_engine() -> None:
     mark_sessions()
 
     def allocate_at_block_ends(self, request, num_new_tokens, *args, **kwargs):
-        if num_new_tokens == 1 and type(request.mm_features) is Frames and not self.enable_caching:
-            smallest = self.__dict__.get("smallest_block") or smallest_block(self)
-            if smallest and request.num_computed_tokens % smallest:
-                return self.empty_kv_cache_blocks
+        one_frame = num_new_tokens == 1 and type(request.mm_features) is Frames and not self.enable_caching
+        if one_frame and request.num_computed_tokens % smallest_block(self):
+            return self.empty_kv_cache_blocks
         return allocate(self, request, num_new_tokens, *args, **kwargs)
 
     KVCacheManager.allocate_slots = allocate_at_block_ends
 
 
+@functools.cache
 def smallest_block(manager) -> int:
-    """Return the size of the smallest block in tokens, or 1 if it does not divide all others. Cached in the manager."""
+    """Return the size of the smallest block in tokens, or 1 if it does not divide all others."""
     sizes = [group.block_size for group in manager.coordinator.single_type_managers]
-    smallest = min(sizes)
-    manager.smallest_block = smallest if all(size % smallest == 0 for size in sizes) else 1
-    return manager.smallest_block
+    return min(sizes) if all(size % min(sizes) == 0 for size in sizes) else 1
