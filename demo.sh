@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # From a fresh clone to a transcript, without a GPU and without a model hub: sets up if needed,
-# serves the small embedded checkpoint on a free port of this machine, transcribes its sample.
+# serves the small embedded checkpoint on a free port of this machine, and transcribes its sample.
 set -euo pipefail
 cd "$(dirname "$0")"
 case ${1:-} in
@@ -22,7 +22,7 @@ MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEM
   setsid ./serve.sh > "$log" 2>&1 &
 server=$!
 trap 'kill -- -$server 2> /dev/null || true; wait $server 2> /dev/null || true; rm -f "$log"' EXIT
-echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (half a minute to one)" >&2
+echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (30 to 60 s)" >&2
 until (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do # vLLM listens when it is ready
   kill -0 $server 2> /dev/null || { tail -n 20 "$log" >&2; echo "error: the server ended; its last lines are above" >&2; exit 1; }
   sleep 0.5
@@ -32,7 +32,7 @@ echo "transcribing $sample.wav:" >&2
 text=$($python test_file_transcribe.py --audio_path $sample.wav --url "ws://127.0.0.1:$port/v1/realtime")
 echo "$text"
 if [ "$text" = "$(cat $sample.txt)" ]; then
-  echo "that is what was said. Next: README.md, \"On your GPU\"" >&2
+  echo "this is what the speaker said. Next: README.md, \"On your GPU\"" >&2
 else
   echo "error: expected: $(cat $sample.txt)" >&2
   exit 1

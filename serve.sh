@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Serve Voxtral Mini 4B Realtime at ws://HOST:PORT/v1/realtime.
 #
-#   ./serve.sh [any option of vllm serve, which wins over the ones below]
+#   ./serve.sh [any option of vllm serve, which takes precedence over the variables below]
 #
 # Environment variables and their defaults:
 #   MODEL=mistralai/Voxtral-Mini-4B-Realtime-2602   a repository of the hub, or a folder
@@ -18,8 +18,8 @@
 #   VOXTRAL_INT4_ENCODER=1      0 leaves the audio encoder in bf16: 4.3 GiB of weights instead of 3.1
 #   MAX_MODEL_LEN=32768    longest session in frames of 80 ms: 43 minutes
 #   GPU_MEMORY_UTILIZATION=0.90   share of the GPU's memory to use
-#   MAX_NUM_SEQS=8         sessions at once; the next one is told that the server is busy
-#   MAX_NUM_BATCHED_TOKENS frames in one step; each frame reserves 2 MiB in every session
+#   MAX_NUM_SEQS=8         sessions at once; the next one gets an error, because the server is busy
+#   MAX_NUM_BATCHED_TOKENS frames in one step; each frame reserves 2 MiB for each session
 #                          (default: enough for two sessions to begin while all others run: 88 for MAX_NUM_SEQS=8)
 #   VOXTRAL_SPEED=1        0 turns off the speed patches (vllm_plugin/voxtral_speed): a session then becomes slower with
 #                          every minute; a list of names turns on only these patches, "-" before a name all but this one
@@ -59,10 +59,10 @@ export PYTHONDONTWRITEBYTECODE= # Docker images set it; vLLM would then compile 
 name=$MODEL
 [ ! -d "$MODEL" ] || name=$(basename "$(cd "$MODEL" && pwd)")
 
-# Checks what would fail only after vLLM's long start, downloads the model, edits the tokenizer for another delay.
+# Checks what would fail after vLLM's long start, downloads the model, prepares the tokenizer for another delay.
 export CUDA_DEVICE_ORDER=PCI_BUS_ID # as nvidia-smi counts; CUDA's default is the fastest first
 found=$(PYTHONPATH=$here${PYTHONPATH:+:$PYTHONPATH} python3 -m launch "$@") || exit
-{ read -r device visible; read -r model; read -r tokenizer; read -r sessions; read -r batch; } <<< "$found"
+{ read -r device visible; read -r model; read -r tokenizer; read -r executor; read -r sessions; read -r batch; } <<< "$found"
 [ -z "$visible" ] || export CUDA_VISIBLE_DEVICES=$visible # vLLM needs indices, not UUIDs
 
 options=(
@@ -72,33 +72,34 @@ options=(
   --generation-config vllm # the model has no such file: decoding is greedy
   --max-model-len "$MAX_MODEL_LEN"
   --max-num-seqs "$MAX_NUM_SEQS"
-  --max-num-queued-reqs "$sessions" # one session too many gets an error; without this it would wait without a message
+  --max-num-queued-reqs "$sessions" # without this, a session too many would wait without a message
   --max-num-batched-tokens "$batch" # vLLM reserves twice this for each session
 )
-# Live audio never repeats: both caches would only cost. Without our identifiers of frames, vLLM's depend on the first.
+# Live audio never repeats, so both caches are useless. Stock vLLM needs the first one for its identifiers of frames.
 [ "${VOXTRAL_SPEED:-1}" = 0 ] || options+=(--mm-processor-cache-gb 0 --no-enable-prefix-caching)
 case $QUANTIZATION in
   none) options+=(--load-format mistral) ;;
   bitsandbytes) options+=(--quantization bitsandbytes --load-format bitsandbytes) ;;
   *) options+=(--quantization "$QUANTIZATION" --load-format mistral) ;;
 esac
+[ -z "$executor" ] || options+=(--distributed-executor-backend "$executor") # with --data-parallel-size
 [ -z "$tokenizer" ] || options+=(--tokenizer "$tokenizer")
 [ -z "$TLS_CERT" ] || options+=(--ssl-certfile "$TLS_CERT" --ssl-keyfile "$TLS_KEY")
 if [ "$device" = gpu ]; then
   options+=(--gpu-memory-utilization "$GPU_MEMORY_UTILIZATION")
-  options+=(--max-cudagraph-capture-size "$batch") # every step has a graph; otherwise the start of a session delays all others
-  options+=(--kernel-config '{"enable_jit_warmup": false}') # it warms up kinds of sampling that are never used; our warm-up runs sessions
+  options+=(--max-cudagraph-capture-size "$batch") # every step has a graph; otherwise a session that begins delays all others
+  options+=(--kernel-config '{"enable_jit_warmup": false}') # it warms up samplers that are never used; our warm-up runs sessions
 else
-  options+=(--enforce-eager) # compiling takes longer than it saves here: 40 s of start for a tenth of the speed
+  options+=(--enforce-eager) # compiling would add 40 s to the start, and a tenth to the speed
   export VLLM_CPU_KVCACHE_SPACE=$CPU_KVCACHE_GB
-  export VLLM_ENABLE_V1_MULTIPROCESSING=0 # the worker runs in the engine's process: a third less to import at the start
+  export VLLM_ENABLE_V1_MULTIPROCESSING=0 # the worker runs in the engine's process, which saves a third of the imports
 fi
 export VLLM_USE_FLASHINFER_SAMPLER=0 # decoding is greedy, and that sampler compiles CUDA code at every start
 export HF_HUB_OFFLINE=1 VLLM_NO_USAGE_STATS=1 # everything is local: no request to the hub, no usage statistics
 
-# Captions for browsers at /captions/, files over HTTP, and the guard before them: vllm_plugin/voxtral_web.
+# The captions page at /captions/, files over HTTP, and access control: vllm_plugin/voxtral_web.
 export VOXTRAL_CAPTIONS=$here/captions VOXTRAL_HOME=$here
-# vLLM then loads only these plugins.
+# vLLM loads only these plugins.
 export VLLM_PLUGINS=${VLLM_PLUGINS:+$VLLM_PLUGINS,}bitsandbytes,voxtral_int4,voxtral_room,voxtral_speed,voxtral_captions,voxtral_warmup
 options+=(--middleware voxtral_web.guard.Guard)
 [ ! -x "$venv/bin/vllm" ] || "$here/setup.sh" --is-current || true # prints a warning if it is not

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Install into .venv what this machine can use. It is safe and fast to run it again.
+# Install into .venv what this machine can use. Running it again is safe and fast.
 #
 #   ./setup.sh            server and clients: for the NVIDIA GPU if there is one, else for the CPU
 #   ./setup.sh --gpu      the same, and fail if there is no GPU
@@ -8,7 +8,7 @@
 #   ./setup.sh --is-current   installs nothing; prints a warning if the installation is older than this folder
 #
 # PYTHON=/path/to/python chooses the interpreter (3.11 to 3.14), VOXTRAL_VENV another folder than .venv.
-# If uv is on the PATH, setup.sh installs with it. uv also brings a Python if there is none.
+# If uv is on the PATH, setup.sh installs with it. uv also installs a Python if there is none.
 set -euo pipefail
 cd "$(dirname "$0")"
 
@@ -24,7 +24,7 @@ for argument; do
 done
 venv=${VOXTRAL_VENV:-.venv}
 
-# What the environment holds, by the names of its packages: gpu, cpu, client, or nothing.
+# What the environment contains, by the names of its packages: gpu, cpu, client, or nothing.
 holds=
 for packages in "$venv"/lib/python3*/site-packages "$venv"/Lib/site-packages; do
   [ -d "$packages" ] || continue
@@ -48,7 +48,7 @@ if [ "$mode" = is-current ]; then
 fi
 
 if [ "$mode" = auto ] || [ "$mode" = gpu ]; then
-  # WSL2 has it in another folder.
+  # In WSL2 it is in another folder.
   if smi=$(command -v nvidia-smi || command -v /usr/lib/wsl/lib/nvidia-smi); then
     driver=$("$smi" --query-gpu=driver_version --format=csv,noheader 2>&1) || driver="error: $driver"
     [[ $driver =~ ^[0-9]+\.[0-9.]+ ]] ||
@@ -62,7 +62,7 @@ if [ "$mode" = auto ] || [ "$mode" = gpu ]; then
   fi
 fi
 if [ "$mode" = client ] && [ -n "$holds" ] && [ "$holds" != client ]; then
-  echo "$venv holds the server for the $holds, and the clients with it: keeping both"
+  echo "$venv contains the server for the $holds and the clients: keeping both"
   mode=$holds
 fi
 case $mode in gpu) next=./serve.sh size=14 ;; cpu) next=./demo.sh size=5 ;; client)
@@ -87,16 +87,16 @@ for python in "${PYTHON:-}" "$venv"/bin/python "$venv"/Scripts/python python3 py
   [ -z "$python" ] || ! "$python" -c "$good" 2> /dev/null || break
   python=
 done
-[ -z "${PYTHON:-}" ] || "$PYTHON" -c "$good" 2> /dev/null || fail "PYTHON=$PYTHON is no Python 3.11 to 3.14"
+[ -z "${PYTHON:-}" ] || "$PYTHON" -c "$good" 2> /dev/null || fail "PYTHON=$PYTHON is not Python 3.11 to 3.14"
 header='import os, sys, sysconfig; sys.exit(not os.path.exists(os.path.join(sysconfig.get_paths()["include"], "Python.h")))'
 if [ -n "$uv" ] && [ -z "${PYTHON:-}" ] && [ ! -d "$venv" ]; then
-  # An unsuitable Python is no problem: uv brings one, with its headers.
+  # An unsuitable Python does not matter: uv installs one, with its headers.
   if [ -z "$python" ] || { [ "$mode" = gpu ] && ! "$python" -c "$header"; }; then
     uv python install 3.12 || fail "uv could not install a Python: see above"
     python=$(uv python find --managed-python 3.12)
   fi
 fi
-[ -n "$python" ] || fail "no Python 3.11 to 3.14 found: install uv, which brings one (curl -LsSf https://astral.sh/uv/install.sh | sh; open a new shell), and run this again; or name one: PYTHON=/path/to/python ./setup.sh"
+[ -n "$python" ] || fail "no Python 3.11 to 3.14 found: install uv, which installs one (curl -LsSf https://astral.sh/uv/install.sh | sh; open a new shell), and run this again; or name one: PYTHON=/path/to/python ./setup.sh"
 [ -d "$venv" ] || [ -n "$uv" ] || "$python" -c 'import ensurepip' 2> /dev/null ||
   need "Python's venv" "$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')" python3 python
 if [ "$mode" = gpu ]; then # Triton compiles for the GPU at the first start
@@ -105,7 +105,7 @@ if [ "$mode" = gpu ]; then # Triton compiles for the GPU at the first start
     "$("$python" -c 'import sys; print("python3.%d-dev" % sys.version_info[1])')" python3-devel python
 fi
 [ "$mode" != cpu ] || library libnuma.so.1 || need libnuma libnuma1 numactl-libs numactl
-[ ${#missing[@]} = 0 ] || fail "not here: $(printf '%s, ' "${missing[@]}")install with: $(names)"
+[ ${#missing[@]} = 0 ] || fail "missing: $(printf '%s, ' "${missing[@]}")install with: $(names)"
 library libportaudio.so.2 || {
   need PortAudio libportaudio2 portaudio portaudio
   echo "note: without PortAudio there is no microphone here (files and the browser page work): $(names)" >&2
@@ -113,19 +113,19 @@ library libportaudio.so.2 || {
 
 # Packages for the GPU and for the CPU have the same names, so one installation cannot replace the other in place.
 if [ -n "$holds" ] && [ "$holds" != client ] && [ "$holds" != "$mode" ]; then
-  echo "$venv holds vLLM for the $holds: making it anew for the $mode"
-  [ -f "$venv/pyvenv.cfg" ] || fail "$venv is no environment of Python's: VOXTRAL_VENV must be a folder of its own"
+  echo "$venv contains vLLM for the $holds: creating it again for the $mode"
+  [ -f "$venv/pyvenv.cfg" ] || fail "$venv is not a Python environment: VOXTRAL_VENV must be a separate folder"
   python=$("$python" -c 'import sys; print(sys._base_executable)') # it may be the one in that folder
   rm -rf "$venv"
 fi
 free=$(($(df -Pk . | awk 'NR == 2 {print $4}') / 1048576))
-[ "$free" -ge "$size" ] || fail "$free GiB free here, but the installation needs $size GiB: make room"
+[ "$free" -ge "$size" ] || fail "$free GiB free here, but the installation needs $size GiB: free disk space"
 if [ ! -d "$venv" ]; then
-  echo "making $venv with $("$python" --version)"
+  echo "creating $venv with $("$python" --version)"
   if [ -n "$uv" ]; then uv venv --quiet --seed --python "$python" "$venv"; else "$python" -m venv "$venv"; fi
 fi
 for bin in "$venv"/bin "$venv"/Scripts; do [ -d "$bin" ] && break; done
-"$bin"/python -c "$good" || fail "$venv holds another Python: remove $venv and run this again"
+"$bin"/python -c "$good" || fail "$venv contains another version of Python: remove $venv and run this again"
 # The lock files name all packages. Python compiles modules when they are first imported; most are never imported.
 install() {
   if [ -n "$uv" ]; then

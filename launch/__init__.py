@@ -1,8 +1,8 @@
-"""What serve.sh does before vLLM's long start: check, download, prepare. Imports neither torch nor vllm."""
+"""Runs in serve.sh before vLLM's long start: checks, download, preparation. Imports neither torch nor vllm."""
 
 
 class Stop(Exception):
-    """One line for the user, naming the fix; `code` is the exit code (2: a setting is wrong, else 1)."""
+    """An error: one line for the user, with the fix. `code`: the exit code, 2 for a wrong setting, else 1."""
 
     def __init__(self, message: str, code: int = 1):
         super().__init__(message)

@@ -1,8 +1,12 @@
-"""python -m launch [options of vllm serve]: every check, then five lines on stdout.
+"""python -m launch [options of vllm serve]: run all checks, download, then print six lines on stdout.
 
-The settings are the environment variables of serve.sh. Stdout: "cpu", or "gpu" and perhaps the value for
-CUDA_VISIBLE_DEVICES; the folder with the model's files; the one with the tokenizer if it is another (else an
-empty line); the number of sessions at once; the number of frames in one step.
+The settings are serve.sh's environment variables. The lines are:
+1. "cpu", or "gpu" with the value for CUDA_VISIBLE_DEVICES if there is one
+2. the folder with the model's files
+3. the folder with the tokenizer if it is another one, else empty
+4. the value for --distributed-executor-backend, or empty
+5. the number of sessions at once, of all engines together
+6. the number of frames in one step
 """
 
 import os
@@ -18,10 +22,10 @@ from .settings import Settings
 from .weights import FILES, download
 
 
-def prepare(arguments: list[str]) -> tuple[str, Path, Path | str, str, str]:
-    """Everything in the order of its cost; returns the five lines. Raises Stop."""
+def prepare(arguments: list[str]) -> tuple[object, ...]:
+    """Run all checks, the cheapest first. Return the six lines. Raises Stop."""
     if not find_spec("voxtral_web"):
-        raise Stop("vLLM has not the plugins of vllm_plugin/, or old ones: run ./setup.sh")
+        raise Stop("the plugins of vllm_plugin/ are not installed, or too old: run ./setup.sh")
     settings = Settings(os.environ, arguments)
     delay = checked_delay(settings)
     network.check(settings)
@@ -36,14 +40,16 @@ def prepare(arguments: list[str]) -> tuple[str, Path, Path | str, str, str]:
     if found and for_cpu:
         raise Stop(f"nvidia-smi shows a GPU, but vLLM is installed for the CPU: run ./setup.sh (or {gpu.ON_CPU})")
     if not found and not for_cpu:
-        raise Stop("no GPU is found, but vLLM is installed for one: see that nvidia-smi works, or ./setup.sh --cpu")
+        raise Stop("no GPU found, but vLLM is installed for one: check that nvidia-smi works, or run ./setup.sh --cpu")
     if found and found.total:
         fit.check(settings, found.free, found.total)
     if not model.is_dir():
         model = download(settings["MODEL"], settings["MODEL_REVISION"])
     tokenizer = tokenizer_with(delay, model / "tekken.json") if delay else None
     device = f"gpu {found.visible}" if found else "cpu"
-    return device, served_folder(model), tokenizer or "", settings["MAX_NUM_SEQS"], settings["MAX_NUM_BATCHED_TOKENS"]
+    sessions = settings.engines * int(settings.number("MAX_NUM_SEQS") or 0) or settings["MAX_NUM_SEQS"]
+    frames = settings["MAX_NUM_BATCHED_TOKENS"]
+    return device, served_folder(model), tokenizer or "", settings.executor, sessions, frames
 
 
 def main(*arguments: str) -> int:
@@ -53,7 +59,7 @@ def main(*arguments: str) -> int:
         print(f"error: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
-        print("stopped; a download goes on from there the next time", file=sys.stderr)
+        print("stopped; the next start resumes the download", file=sys.stderr)
         return 130
     print(*lines, sep="\n")
     return 0

@@ -1,18 +1,18 @@
-"""Does it fit on the GPU? Worked out before loading, because vLLM says so only after a minute or two.
+"""Computes whether the model fits into the GPU's memory. vLLM itself reports it only after a minute or two.
 
-vLLM takes GPU_MEMORY_UTILIZATION of the GPU and gives what the weights and its own work leave to the
-sessions, in blocks of 16 MiB: 16 frames of the audio encoder's cache, or 128 of the decoder's, for
-32 layers each (the decoder's 26 are padded; vllm/v1/core/kv_cache_utils.py). For one session it
-reserves its sliding windows and the frames of two steps:
+vLLM uses the share GPU_MEMORY_UTILIZATION of the GPU. What the weights and vLLM's own work leave is for the sessions,
+in blocks of 16 MiB. A block is 16 frames of the audio encoder's cache, or 128 of the decoder's, for 32 layers each
+(the decoder's 26 are padded; vllm/v1/core/kv_cache_utils.py). For one session vLLM reserves the sliding windows and
+the frames of two steps:
 
     decoder  min(8191 + 2 B, L) / 128 + 1 blocks      L = MAX_MODEL_LEN, B = MAX_NUM_BATCHED_TOKENS,
     encoder  min( 188 + 2 B, L) /  16 + 1 blocks      both in frames of 80 ms
 
-This gives what was measured on an H100: with 12 GiB, INT4, L = 32768, B = 88 there were 474 blocks for
+The result agrees with measurements on an H100: with 12 GiB, INT4, L = 32768, B = 88 there were 474 blocks for
 sessions of 91, printed as 170,681 tokens or 5.2 sessions. (On an H200 B = 512 with fewer graphs gave 482 blocks for
-sessions of 150, or 3.2 sessions.) vLLM sets memory aside for a CUDA graph of each size of step, 1, 2, 4, 8, 16 and so
-on up to B: 0.30 GiB for the 14 sizes of B = 88, 0.72 for the 38 of B = 304. Everything but weights, graphs and sessions
-(CUDA's context, activations) is fitted to the first of these, 1.2 GiB; on a smaller GPU it may be less.
+sessions of 150, or 3.2 sessions.) vLLM reserves memory for a CUDA graph of each size of step, 1, 2, 4, 8, 16 and so
+on up to B: 0.30 GiB for the 14 sizes of B = 88, 0.72 for the 38 of B = 304. The remainder (CUDA's context,
+activations) is fitted to the first of these measurements: 1.2 GiB. On a smaller GPU it may be less.
 """
 
 import math
@@ -30,14 +30,18 @@ BLOCK = 16 * 2**20  # bytes
 WEIGHTS = {"bitsandbytes": 3.06, "none": 8.43, "mxfp4": 2.93, "fp8": 4.88}  # GiB on the GPU
 WEIGHTS_BF16_ENCODER = 4.3  # bitsandbytes with VOXTRAL_INT4_ENCODER=0
 OTHER = 1.2  # GiB, without graphs
-OTHER_AT_LEAST = 0.6  # GiB; between the two it is tried, with a warning
-GRAPHS, GRAPH = 0.05, 0.018  # GiB: for any at all, and for each size of step
+OTHER_AT_LEAST = 0.6  # GiB; if only this fits, the start continues with a warning
+GRAPHS, GRAPH = 0.05, 0.018  # GiB: for all graphs together, and for each size of step
 SHARE_AT_MOST = 0.95
 
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings, named as the variables. `weights` in GiB, `total` in bytes of the GPU's memory."""
+    """Settings that decide what fits.
+
+    `weights`: GiB. `total`: the GPU's memory in bytes. `share`: GPU_MEMORY_UTILIZATION. `length`: MAX_MODEL_LEN.
+    `batch`: MAX_NUM_BATCHED_TOKENS.
+    """
 
     weights: float
     total: float
@@ -53,21 +57,21 @@ class Plan:
 
     @property
     def graphs(self) -> float:
-        """GiB set aside for CUDA graphs. Sizes of steps: `max_cudagraph_capture_size` in vllm/config/compilation.py."""
+        """GiB for CUDA graphs. Sizes of steps: `max_cudagraph_capture_size` in vllm/config/compilation.py."""
         return GRAPHS + GRAPH * (3 + min(self.batch, 256) // 8 + max(0, self.batch - 256) // 16)
 
     def sessions(self, other: float = OTHER) -> float:
-        """How many of the longest sessions fit at once; vLLM wants 1, and one block for itself."""
+        """Return how many of the longest sessions fit at once; 0 if less than one fits beside vLLM's own block."""
         blocks = (self.share * self.total - (self.weights + self.graphs + other) * GIB) // BLOCK
         return 0.0 if blocks < self.blocks_of_a_session + 1 else blocks / self.blocks_of_a_session
 
     def needed(self) -> float:
-        """GiB for one session."""
+        """Return the GiB that one session of full length requires, weights included."""
         return self.weights + self.graphs + OTHER + (self.blocks_of_a_session + 1) * BLOCK / GIB
 
 
 def check(settings: Settings, free: int, total: int) -> None:
-    """Raises Stop, and else says on stderr what will fit; `free` and `total` in MiB."""
+    """Print on stderr how many sessions fit. `free` and `total`: MiB. Raises Stop if none fits."""
     share = settings.number("GPU_MEMORY_UTILIZATION")
     plan = plan_of(settings, total)
     most = math.floor(100 * free / total) / 100
@@ -98,13 +102,13 @@ def check(settings: Settings, free: int, total: int) -> None:
         return
     print(
         f"{share * total / 1024:.1f} GiB of GPU memory: {plan.weights:.1f} for the weights, about {work:.1f} for "
-        f"vLLM's work, the rest is room for about {plan.sessions():.1f} sessions of {minutes} min at once",
+        f"vLLM's work, the rest holds about {plan.sessions():.1f} sessions of {minutes} min at once",
         file=sys.stderr,
     )
 
 
 def plan_of(settings: Settings, total: int) -> Plan | None:
-    """None where this arithmetic does not hold: another model, another method, a way of writing only vLLM knows."""
+    """Return the plan. None: another model or method, or a notation that only vLLM reads. `total`: MiB."""
     weights = WEIGHTS.get(settings["QUANTIZATION"])
     if settings["QUANTIZATION"] == "bitsandbytes" and settings["VOXTRAL_INT4_ENCODER"] == "0":
         weights = WEIGHTS_BF16_ENCODER
@@ -116,7 +120,7 @@ def plan_of(settings: Settings, total: int) -> Plan | None:
 
 
 def suggestion(settings: Settings, plan: Plan, most: float) -> str:
-    """The smallest change that makes it fit, as the user writes it, or nothing. `most`: highest share possible."""
+    """Return the smallest change of settings that fits, as the user writes it, or "". `most`: the highest share."""
     batch = min(plan.batch, max(128, int(settings.number("MAX_NUM_SEQS") or 128)))
     for weights, length, frames, share in product(
         (plan.weights, WEIGHTS["bitsandbytes"]),
@@ -124,11 +128,8 @@ def suggestion(settings: Settings, plan: Plan, most: float) -> str:
         (plan.batch, batch),
         (plan.share, max(plan.share, most)),
     ):
-        if (
-            length > plan.length
-            or weights > plan.weights
-            or not Plan(weights, plan.total, share, length, frames).sessions()
-        ):
+        smaller = Plan(weights, plan.total, share, length, frames)
+        if length > plan.length or weights > plan.weights or not smaller.sessions():
             continue
         changes = {}
         if weights != plan.weights:

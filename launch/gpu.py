@@ -10,16 +10,16 @@ from dataclasses import dataclass
 
 from . import Stop
 
-WSL = "/usr/lib/wsl/lib/nvidia-smi"  # WSL2 has it there, and not always on the PATH
-LINE = re.compile(r"(\d+), *(\S+), *(.+), *(.+)")  # index, UUID, free and total MiB, "[N/A]" where RAM is shared
-ON_CPU = "CUDA_VISIBLE_DEVICES= ./serve.sh serves without it"
+WSL = "/usr/lib/wsl/lib/nvidia-smi"  # in WSL2; not always on the PATH
+LINE = re.compile(r"(\d+), *(\S+), *(.+), *(.+)")  # index, UUID, free and total MiB; "[N/A]" if memory is shared
+ON_CPU = "CUDA_VISIBLE_DEVICES= ./serve.sh uses the CPU"
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """The first of those to be used. `free` and `total` in MiB, None where GPU and CPU share their memory.
+    """The first GPU that will be used. `free` and `total`: MiB, None if GPU and CPU share their memory.
 
-    `visible`: all of them, by index, for CUDA_VISIBLE_DEVICES; empty where that was not set.
+    `visible`: the indices of all GPUs to use, for CUDA_VISIBLE_DEVICES; empty if that was not set.
     """
 
     visible: str
@@ -28,10 +28,10 @@ class Gpu:
 
 
 def find(environment: Mapping[str, str]) -> Gpu | None:
-    """The GPU that CUDA_VISIBLE_DEVICES names, by default the first; None where there is none. Raises Stop."""
-    wanted = environment.get("CUDA_VISIBLE_DEVICES")
+    """Return the GPU that CUDA_VISIBLE_DEVICES names, by default the first; None if there is none. Raises Stop."""
+    chosen = environment.get("CUDA_VISIBLE_DEVICES")
     program = shutil.which("nvidia-smi") or shutil.which(WSL)
-    if not program or (wanted is not None and wanted.strip() in ("", "-1")):
+    if not program or (chosen is not None and chosen.strip() in ("", "-1")):
         return None
     command = [program, "--query-gpu=index,uuid,memory.free,memory.total", "--format=csv,noheader,nounits"]
     try:
@@ -42,18 +42,19 @@ def find(environment: Mapping[str, str]) -> Gpu | None:
         words, code = str(error), 1
     gpus = {match[1]: match for match in map(LINE.fullmatch, result.stdout.splitlines()) if match} if not code else {}
     if not gpus:
-        raise Stop(f"nvidia-smi finds no GPU: {words or 'it says nothing'}; repair the driver, or {ON_CPU}")
-    chosen = [index_of(name.strip(), gpus) for name in (wanted or next(iter(gpus))).split(",")]
-    free, total = gpus[chosen[0]].group(3, 4)
+        raise Stop(f"nvidia-smi finds no GPU: {words or 'it printed nothing'}; repair the driver, or {ON_CPU}")
+    indices = [index_of(name.strip(), gpus) for name in (chosen or next(iter(gpus))).split(",")]
+    visible = ",".join(indices) if chosen else ""
+    free, total = gpus[indices[0]].group(3, 4)
     if not (free.isdigit() and total.isdigit()):
-        return Gpu(",".join(chosen) if wanted else "", None, None)
-    return Gpu(",".join(chosen) if wanted else "", int(free), total_of_cuda(chosen[0], int(total)))
+        return Gpu(visible, None, None)
+    return Gpu(visible, int(free), total_of_cuda(indices[0], int(total)))
 
 
 def index_of(name: str, gpus: Mapping[str, re.Match]) -> str:
-    """CUDA takes the beginning of a UUID as well. vLLM wants an index."""
+    """Return the index of a GPU for vLLM. `name`: an index, or the beginning of a UUID, as CUDA. Raises Stop."""
     if name.startswith("MIG"):
-        raise Stop(f"CUDA_VISIBLE_DEVICES={name}: parts of a GPU (MIG) are not supported: name a whole one", 2)
+        raise Stop(f"CUDA_VISIBLE_DEVICES={name}: parts of a GPU (MIG) are not supported: name a GPU", 2)
     found = [index for index, gpu in gpus.items() if name == index or (name[:4] == "GPU-" and gpu[2].startswith(name))]
     if len(found) != 1:
         known = ", ".join(f"{index} ({gpu[2]})" for index, gpu in gpus.items())
@@ -62,9 +63,9 @@ def index_of(name: str, gpus: Mapping[str, re.Match]) -> str:
 
 
 def total_of_cuda(index: str, total: int) -> int:
-    """MiB that vLLM will see: some hundred less than the `total` of nvidia-smi, which counts what the driver keeps.
+    """Return the MiB that vLLM will see. That is some hundred less than nvidia-smi's `total`, which the driver shares.
 
-    Where CUDA cannot be asked, or speaks of another GPU: `total`.
+    Return `total` if CUDA gives no answer, or the size of another GPU.
     """
     os.environ |= {"CUDA_DEVICE_ORDER": "PCI_BUS_ID", "CUDA_VISIBLE_DEVICES": index}  # as nvidia-smi counts
     device, size = ctypes.c_int(), ctypes.c_size_t()

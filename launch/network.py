@@ -1,4 +1,4 @@
-"""The port, the certificate and the key: what is wrong with them, and who can use the server; why a hub fails."""
+"""Checks of the port, the certificate and the key. Explains why a host cannot be reached."""
 
 import errno
 import ipaddress
@@ -14,12 +14,12 @@ from .settings import Settings
 
 
 def check(settings: Settings) -> None:
-    """Raises Stop where vLLM would fail after its start, and warns on stderr of what is open."""
+    """Raise Stop if vLLM would fail after its start. Warn on stderr if others can use the server or read the key."""
     host, port = settings["HOST"], settings["PORT"]
     check_port(host, port)
     check_certificate(settings["TLS_CERT"], settings["TLS_KEY"])
     if settings.on_command_line("API_KEY"):
-        warn("--api-key stands in the list of processes and in the log: set VLLM_API_KEY in the environment instead")
+        warn("others can read --api-key in the list of processes and in the log: set VLLM_API_KEY instead")
     elif not os.environ.get("VLLM_API_KEY") and not is_loopback(host):
         warn("without a key everyone on the network can use this server: set VLLM_API_KEY, or HOST=127.0.0.1")
 
@@ -37,7 +37,7 @@ def check_port(host: str, port: str) -> None:
     except (OSError, ValueError, OverflowError) as error:
         fix = error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
-            fix = "another program has this port: stop it, or choose another, PORT=8001 ./serve.sh"
+            fix = "another program has this port: stop it, or choose another port: PORT=8001 ./serve.sh"
         elif getattr(error, "errno", None) == errno.EADDRNOTAVAIL:
             fix = "HOST must be an address of this machine; 0.0.0.0 for all of them"
         raise Stop(f"{host}:{port}: {fix}") from None
@@ -51,7 +51,7 @@ def is_loopback(host: str) -> bool:
 
 
 def check_certificate(certificate: str, key: str) -> None:
-    """Both or neither; they must be readable and belong together."""
+    """Raise Stop unless both files are given, readable and a pair, or neither is given."""
     if not certificate and not key:
         return
     if not certificate or not key:
@@ -66,15 +66,15 @@ def check_certificate(certificate: str, key: str) -> None:
         ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(certificate, key, password=lambda: "")
     except ssl.SSLError as error:
         why = {
-            "KEY_VALUES_MISMATCH": "the key is another certificate's",
+            "KEY_VALUES_MISMATCH": "the key belongs to another certificate",
             "NO_START_LINE": "TLS_CERT must be a certificate in PEM format",
         }
         reason = why.get(error.reason, "TLS_KEY must be its private key, in PEM format and without a password")
-        raise Stop(f"TLS_CERT={certificate} and TLS_KEY={key} do not go together: {reason}") from None
+        raise Stop(f"TLS_CERT={certificate} and TLS_KEY={key} do not match: {reason}") from None
 
 
 def cause(error: BaseException | None, url: str) -> str:
-    """Why `url` cannot be reached, from the error of an HTTP client and those that it came from."""
+    """Return why `url` cannot be reached. `error`: an HTTP client's; its causes are examined too."""
     host = urllib.parse.urlsplit(url).hostname or url
     via, scheme = "", urllib.parse.urlsplit(url).scheme
     proxies = urllib.request.getproxies()
@@ -88,9 +88,9 @@ def cause(error: BaseException | None, url: str) -> str:
     for link in chain:
         if isinstance(link, ssl.SSLCertVerificationError):
             why = f"its certificate is not trusted ({link.verify_message})"
-            return f"{why}; if a firewall opens TLS here, set SSL_CERT_FILE to a file with its certificate"
+            return f"{why}; if a firewall decrypts TLS here, set SSL_CERT_FILE to a file with its certificate"
         if isinstance(link, socket.gaierror):
-            return f"{host}{via} is not found by DNS: is this machine connected, is the name right?"
+            return f"{host}{via} is not found by DNS: check the connection and the name"
         if isinstance(link, ConnectionRefusedError):
             return f"{host}{via} refuses the connection"
         if isinstance(link, TimeoutError) or "Timeout" in type(link).__name__:

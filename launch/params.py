@@ -1,25 +1,23 @@
-"""params.json as vLLM wants it: with `max_position_embeddings`.
+"""params.json with `max_position_embeddings`, which vLLM needs.
 
-The published file calls it `model_max_length`. vLLM then looks for a config.json in Hugging Face's format, which is not
-there, four times over: 9 s of a start, and pages of tracebacks in its log. It gets a folder of links to the model's
-files, with an edited copy of params.json (`MistralConfigParser` in vllm/transformers_utils/config.py).
+The published file has it under the name `model_max_length`. vLLM then searches four times for a config.json in Hugging
+Face's format, which does not exist: this takes 9 s of a start, and fills the log with tracebacks. Instead, vLLM gets a
+folder of links to the model's files, with an edited copy of params.json (`MistralConfigParser` in
+vllm/transformers_utils/config.py).
 """
 
 import hashlib
 import json
-import os
-import tempfile
-from collections.abc import Callable
 from pathlib import Path
 
 from . import Stop
-from .delay import cache_folder
+from .cache import cache_folder, place
 
-DEFAULT = 128_000  # vLLM's own, where neither name is there
+DEFAULT = 128_000  # vLLM's own, if the file has neither name
 
 
 def served_folder(model: Path) -> Path:
-    """Return the folder to serve: `model`, or one of links to its files with a completed params.json. Raises Stop."""
+    """Return the folder to serve: `model`, or a folder of links to its files and an edited params.json. Raises Stop."""
     source = model / "params.json"
     try:
         params = json.loads(source.read_text())
@@ -28,23 +26,15 @@ def served_folder(model: Path) -> Path:
         raise Stop(f"{source}: not a model in Mistral's format; MODEL must be a folder with its three files") from None
     if complete:
         return model
-    # One folder for a model, whatever its version: vLLM's cache of compiled code goes by the folder's name.
+    # All versions of a model get the same folder, because vLLM's cache of compiled code depends on its name.
     folder = cache_folder() / f"model-{hashlib.sha256(str(model.resolve()).encode()).hexdigest()[:12]}"
     folder.mkdir(exist_ok=True)
     for file in model.iterdir():
         if file.name != "params.json":
-            place(folder / file.name, lambda path: path.symlink_to(file.resolve()))  # noqa: B023, it is called at once
+            place(folder / file.name, lambda path: path.symlink_to(file.resolve()))  # noqa: B023, called immediately
     text = json.dumps(params | {"max_position_embeddings": params.get("model_max_length") or DEFAULT})
     place(folder / "params.json", lambda path: path.write_text(text))
     for file in folder.iterdir():
         if not (model / file.name).exists():
             file.unlink()
     return folder
-
-
-def place(path: Path, make: Callable[[Path], object]) -> None:
-    """Put what `make(path)` makes in the place of `path`, at once: another server may be reading."""
-    with tempfile.TemporaryDirectory(dir=path.parent.parent) as scratch:
-        new = Path(scratch, path.name)
-        make(new)
-        os.replace(new, path)

@@ -1,15 +1,14 @@
-"""The model's three files: from the hub into the ordinary Hugging Face cache, once.
+"""Downloads the model's three files once, into the usual Hugging Face cache.
 
-A file of the cache is snapshots/COMMIT/NAME, a link to blobs/ETAG, whose name is its hash: sha256 of large
-files, git's sha1 of small ones. So it can be checked offline. huggingface_hub 2.4.0 may keep the bytes of a
-large file in a place that all repositories share: blobs/ETAG is then a link too, to a name that is no sha256
-(utils/_shared_blobs.py there). Hence the hash is taken from the first link, and what lies behind the second
-is never changed here.
+A file of the cache is snapshots/COMMIT/NAME, a link to blobs/ETAG. ETAG is the file's hash: sha256 for large files,
+git's sha1 for small ones. A file can therefore be checked offline. huggingface_hub 2.4.0 may store a large file in a
+folder that all repositories share: blobs/ETAG is then also a link, to a name that is not a sha256 (its
+utils/_shared_blobs.py). The hash is therefore the name of the first link, and shared files are never changed here.
 
-Large files come by Xet, the library's parallel download, where the hub offers it. The library throws away
-what it had when a download fails (`_download_to_tmp_and_move` in its file_download.py), which hurts at
-8.9 GB. So when Xet fails, and where there is none, the bytes are fetched here, with the library's `http_get`,
-into a folder of our own beside the blobs, where the next run goes on.
+Large files come by Xet, the library's parallel download, if the hub offers it. When a download fails, the library
+deletes what it has received (`_download_to_tmp_and_move` in its file_download.py), which is costly at 8.9 GB. If Xet
+fails or is not available, the files are downloaded here with the library's `http_get`, into a folder beside the
+blobs. The next run resumes there.
 """
 
 import fcntl
@@ -24,16 +23,16 @@ from pathlib import Path
 from typing import BinaryIO
 
 from . import Stop, network
-from .delay import cache_folder
+from .cache import cache_folder, place
 
 FILES = ("params.json", "tekken.json", "consolidated.safetensors")
-# Revisions that were tried, or that others pin: see docs/server.md.
+# Fixed revisions: see docs/server.md.
 PINNED = {"mistralai/Voxtral-Mini-4B-Realtime-2602": "2769294da9567371363522aac9bbcfdd19447add"}
-TRIES = 3  # without a new byte
+TRIES = 3  # in a row that bring no data
 
 
 def is_full_size(name: str, folder: Path) -> bool:
-    """Whether this is the published model, or one of its shapes."""
+    """Return whether this is the published model, or a model of the same shapes."""
     if name in PINNED:
         return True
     try:
@@ -44,8 +43,8 @@ def is_full_size(name: str, folder: Path) -> bool:
 
 
 def download(repository: str, revision: str = "") -> Path:
-    """Return the folder with the three files; the hub is asked only for what is missing. Raises Stop."""
-    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # it is read at import, and asks the hub for one file more
+    """Return the folder with the three files. Only missing and damaged ones are downloaded. Raises Stop."""
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")  # read at import; telemetry requests one more file
     from huggingface_hub import constants, try_to_load_from_cache
 
     revision = revision or PINNED.get(repository, "main")
@@ -61,13 +60,13 @@ def download(repository: str, revision: str = "") -> Path:
         return Path(paths[-1]).parent
     if constants.HF_HUB_OFFLINE:
         what = f"{bad[0]} is damaged" if bad else f"{repository} is not in {constants.HF_HUB_CACHE}"
-        raise Stop(f"{what}, and HF_HUB_OFFLINE forbids to download it: unset it")
+        raise Stop(f"{what}, and HF_HUB_OFFLINE forbids the download: unset it")
     damaged = {Path(os.readlink(path)).name for path in bad}
     return fetch_all(repository, revision, Path(constants.HF_HUB_CACHE), damaged)
 
 
 def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) -> Path:
-    """Download what is missing, or among the blobs known as damaged. Raises Stop for all that can go wrong."""
+    """Download what is missing, or in `damaged` (names of blobs). Return the folder. Raises Stop for all errors."""
     import httpx2
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, utils
 
@@ -90,8 +89,8 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
         to_come = sum(about.size for about in missing.values()) - partial
         if to_come > (free := shutil.disk_usage(blobs).free):
             raise Stop(
-                f"{to_come / 1e9:.1f} GB are still to be downloaded to {cache}, but {free / 1e9:.1f} GB are free: "
-                "make room there, or set HF_HOME to a folder on another disk"
+                f"the download to {cache} needs {to_come / 1e9:.1f} GB, but {free / 1e9:.1f} GB are free: "
+                "free disk space, or set HF_HOME to a folder on another disk"
             )
         if missing:
             print(f"downloading {repository} to {cache}: {to_come / 1e9:.1f} GB", file=sys.stderr)
@@ -102,7 +101,7 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
             fetch(repository, file, about, partials / about.etag, blob)
         if partials.exists() and not any(partials.iterdir()):
             partials.rmdir()
-        # Finds the blobs and makes the links, and the note of what `main` is.
+        # Finds the blobs, makes the links, and records the commit of `main`.
         path = [hf_hub_download(repository, file, revision=revision) for file in FILES][-1]
     except errors.RevisionNotFoundError:
         raise Stop(f"{page} has no revision {revision}: see MODEL_REVISION") from None
@@ -111,13 +110,13 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
         raise Stop(f"{page} has no {file}: MODEL must be a Voxtral Realtime in Mistral's format") from None
     except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
         if isinstance(error, errors.GatedRepoError):
-            text = f"{page} wants you to agree to its terms: do so there, then set HF_TOKEN to a token of yours"
+            text = f"{page} requires that you agree to its terms: agree there, then set HF_TOKEN to your token"
         else:
-            text = f"{page} does not exist, or is private: look at MODEL, or set HF_TOKEN to a token that may read it"
+            text = f"{page} does not exist, or is private: check MODEL, or set HF_TOKEN to a token that may read it"
         raise Stop(f"{text} ({endpoint}/settings/tokens)") from None
     except errors.HfHubHTTPError as error:
         status = error.response.status_code
-        fix = "look at HF_TOKEN" if status in (401, 403) else "try again later"
+        fix = "check HF_TOKEN" if status in (401, 403) else "try again later"
         raise Stop(f"{page} answers with HTTP {status}: {fix}") from None
     except (httpx2.TransportError, errors.LocalEntryNotFoundError) as error:
         text = f"{page} cannot be reached: {network.cause(error, endpoint)}"
@@ -128,9 +127,9 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
 
 
 def fetch(repository: str, file: str, about, partial: Path, blob: Path) -> None:
-    """Download one file to `blob`: by Xet, or through `partial`, going on where an earlier try ended.
+    """Download one file to `blob`: by Xet, or by HTTP into `partial`, which resumes an earlier try.
 
-    `about` is the library's HfFileMetadata. What is at `blob` stays until the new file is whole. Raises Stop, OSError.
+    `about`: the library's HfFileMetadata. A file at `blob` stays until the new one is complete. Raises Stop, OSError.
     """
     from huggingface_hub.file_download import is_xet_available
 
@@ -138,28 +137,28 @@ def fetch(repository: str, file: str, about, partial: Path, blob: Path) -> None:
         try:
             fcntl.flock(part, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
-            raise Stop(f"another program downloads {file}: wait for it") from None
-        # The library would take a damaged blob for the file.
+            raise Stop(f"another program is downloading {file}: wait for it") from None
+        # The library would accept a damaged blob, so Xet is not used for one.
         by_xet = about.xet_file_data and is_xet_available() and not part.tell() and not os.path.lexists(blob)
         if not by_xet or not fetch_by_xet(repository, file, about.commit_hash, blob):
             fetch_by_http(repository, file, about, part)
             if file_hash(partial, about.etag) != about.etag:
                 partial.unlink()
-                raise Stop(f"{file} came damaged from the hub: run this again")
-            partial.replace(blob)  # where that is a link to what all repositories share, the link is replaced
+                raise Stop(f"{file} was damaged during the download: run this again")
+            partial.replace(blob)  # if that is a link to a shared file, this replaces the link
             note(blob, about.etag)
         partial.unlink(missing_ok=True)
 
 
 def fetch_by_xet(repository: str, file: str, commit: str, blob: Path) -> bool:
-    """The library's parallel download; False if it failed, or brought something else."""
+    """Download with the library. Return False if that failed, or if the file is damaged. Raises Stop on Ctrl+C."""
     from huggingface_hub import hf_hub_download
 
     try:
         hf_hub_download(repository, file, revision=commit, tqdm_class=progress())
     except KeyboardInterrupt:
-        raise Stop(f"stopped; {file} begins anew the next time (with HF_HUB_DISABLE_XET=1 it goes on)", 130) from None
-    except Exception as error:  # Xet is in Rust: none of its many errors says that plain HTTP would fail too
+        raise Stop(f"stopped; the next start repeats {file} (with HF_HUB_DISABLE_XET=1 it resumes)", 130) from None
+    except Exception as error:  # Xet has many errors, and with each of them plain HTTP may still work
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"warning: Xet's download failed ({reason}): going on over plain HTTP", file=sys.stderr)
         return False
@@ -167,7 +166,7 @@ def fetch_by_xet(repository: str, file: str, commit: str, blob: Path) -> bool:
 
 
 def fetch_by_http(repository: str, file: str, about, part: BinaryIO) -> None:
-    """Append to `part` what it lacks. Raises Stop, OSError."""
+    """Append to `part` the bytes that it lacks. Raises Stop, OSError."""
     import httpx2
     from huggingface_hub import hf_hub_url, utils
     from huggingface_hub.file_download import http_get
@@ -188,15 +187,15 @@ def fetch_by_http(repository: str, file: str, about, part: BinaryIO) -> None:
             tries = tries + 1 if part.tell() <= there else 0
             if tries == TRIES:
                 raise Stop(
-                    f"the download of {file} broke off at {part.tell() / 1e9:.2f} of {size / 1e9:.2f} GB: "
-                    f"{network.cause(error, url)}; run this again, it goes on from there"
+                    f"the download of {file} was interrupted at {part.tell() / 1e9:.2f} of {size / 1e9:.2f} GB: "
+                    f"{network.cause(error, url)}; run this again to resume it"
                 ) from None
             time.sleep(1)
     part.flush()
 
 
 def progress() -> type | None:
-    """None: the library's bar. In a journal a line a minute is better than a bar that is drawn over."""
+    """Return the class of the progress bar. None: the library's. In a log file it is one line a minute."""
     from huggingface_hub import utils
 
     class Lines(utils.tqdm):
@@ -210,16 +209,16 @@ def progress() -> type | None:
 
 
 def is_whole(path: str | Path, name: str = "") -> bool:
-    """Whether a file's bytes are those of its blob's `name`, by default the one that the link `path` goes to.
+    """Return whether a file exists and has the hash `name`; default: the name of the blob to which `path` links.
 
-    Reads them only if they may have changed since the last time.
+    The file is read only if its size or time changed since the last check. Raises OSError.
     """
     path = Path(path)
     if not path.exists():
         return False
     name = name or (Path(os.readlink(path)).name if path.is_symlink() else "")
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
-        return True  # no symbolic links here, so no hash: the library has checked its size
+        return True  # a system without symbolic links, hence no hash; the library has checked the size
     if known().get(str(path.resolve())) == [name, *state(path)]:
         return True
     if file_hash(path, name) != name:
@@ -234,26 +233,26 @@ def state(path: Path) -> list[int]:
 
 
 def known() -> dict[str, list]:
-    """Of each file whose hash was checked: the hash, and size and time (ns) of the file then."""
+    """Return for each checked file (by path) a list: hash, and the file's size and time (ns) at the check."""
     try:
         return json.loads((cache_folder() / "checked.json").read_text())
     except (OSError, ValueError):
         return {}
 
 
-def note(path: Path, name: str = "") -> None:
-    notes = cache_folder() / "checked.json"
-    notes.with_suffix(".new").write_text(json.dumps(known() | {str(path.resolve()): [name or path.name, *state(path)]}))
-    notes.with_suffix(".new").replace(notes)
+def note(path: Path, name: str) -> None:
+    """Record that a file has the hash `name`."""
+    notes = json.dumps(known() | {str(path.resolve()): [name, *state(path)]})
+    place(cache_folder() / "checked.json", lambda path: path.write_text(notes))
 
 
 def file_hash(path: Path, name: str) -> str:
-    """The hash the hub names a file after: sha256 of large files, git's sha1 of small ones."""
+    """Return the hash of a file as the hub computes it. `name`, the expected one, decides: sha256 or git's sha1."""
+    from huggingface_hub.utils.sha import git_hash
+
     with open(path, "rb") as file:
-        if len(name) == 64:
-            if path.stat().st_size > 1e9:
-                print(f"checking {path.name}", file=sys.stderr)
-            return hashlib.file_digest(file, "sha256").hexdigest()
-        git = hashlib.sha1(b"blob %d\0" % path.stat().st_size)
-        git.update(file.read())
-        return git.hexdigest()
+        if len(name) == 40:
+            return git_hash(file.read())
+        if path.stat().st_size > 1e9:
+            print(f"checking {path.name}", file=sys.stderr)
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from playwright.async_api import Page, async_playwright, expect
 
-# Any name that is not localhost is a foreign machine to the browser; this one leads back here.
+# The browser treats every name but localhost as another machine. This name resolves to 127.0.0.1.
 ELSEWHERE = "captions.test"
 
 expect.set_options(timeout=30_000)  # a machine may be slow; no test is about speed
@@ -14,9 +14,10 @@ expect.set_options(timeout=30_000)  # a machine may be slow; no test is about sp
 
 @asynccontextmanager
 async def browsing(wav: Path | None = None, **context: object) -> AsyncIterator[Page]:
-    """Open an empty page in a browser of its own; `context` goes to playwright's new_context.
+    """Yield an empty page in a new browser. `context`: options of playwright's new_context.
 
-    `wav` is heard once, from the moment the page opens the microphone; then silence.
+    `wav`: the microphone's signal, played once from when the page opens the microphone, then silence. Raises
+    AssertionError if the page had an error.
     """
     options = ["--no-sandbox", f"--host-resolver-rules=MAP {ELSEWHERE} 127.0.0.1"]
     options += ["--use-fake-ui-for-media-stream", "--use-fake-device-for-media-stream"]

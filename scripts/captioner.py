@@ -1,4 +1,4 @@
-"""stream_microphone.py as a process, with what it prints or what a person sees of it."""
+"""stream_microphone.py as a process. Collects its output, or the content of its terminal."""
 
 import contextlib
 import fcntl
@@ -20,7 +20,11 @@ COLUMNS, LINES = 76, 12
 
 
 class Captioner:
-    """A running stream_microphone.py. What it prints is collected; on a terminal, what a person sees there."""
+    """A running stream_microphone.py.
+
+    `stdout` and `stderr`: the output so far. With `terminal=True`, `shown` is the output instead, and `terminal` its
+    screen.
+    """
 
     def __init__(
         self, pulse: Pulse, *arguments: object, terminal: bool = False, environment: dict | None = None, **options
@@ -63,15 +67,15 @@ class Captioner:
         return self.stdout.split()
 
     def said(self, text: str) -> None:
-        """Wait until it has said `text` on stderr."""
+        """Wait until `text` is on stderr."""
         until(lambda: text in self.stderr)
 
     def heard(self, words: list[str]) -> None:
-        """Wait until it has printed so many words."""
+        """Wait until as many words as `words` has are on stdout."""
         until(lambda: len(self.words) >= len(words))
 
     def seen(self) -> str:
-        """What stands on the terminal, with all that has scrolled away."""
+        """Return the terminal's text, with the lines that have scrolled away."""
         above = ["".join(row[column].data for column in range(COLUMNS)) for row in self.terminal.history.top]
         return "\n".join(line.rstrip() for line in [*above, *self.terminal.display]).rstrip()
 
@@ -79,7 +83,7 @@ class Captioner:
         self.process.send_signal(signal.SIGINT)
 
     def end(self) -> int:
-        """Wait for its end; return the exit code."""
+        """Wait for its end and return the exit code. Raises AssertionError if it printed a traceback."""
         code = self.process.wait(120)
         for thread in self._threads:
             thread.join(20)

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
-"""Time per frame against the length of a recording: the sample over and over, sent as fast as the server takes it.
+"""Measure the time per frame over a long recording: the sample again and again, as fast as the server accepts it.
 
-    scripts/measure_session.py --minutes 44                             as the clients do it, with rollover
-    scripts/measure_session.py --minutes 44 --rollover-after 100000     one session as long as the server allows
+    scripts/measure_session.py --minutes 44                             as the clients do, with rollover
+    scripts/measure_session.py --minutes 44 --rollover-after 100000     one session, as long as the server allows
 
-Prints a line for each minute of audio (mean and median milliseconds a frame in it) and a line of JSON last.
+It prints a line for each minute of audio (mean and median of the milliseconds a frame) and a line of JSON last.
 """
 
 import argparse
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", default=ROOT / "tests" / "tiny_checkpoint" / "sample.wav", metavar="FILE")
     parser.add_argument("--rollover-after", type=positive, metavar="SECONDS", help="default: as the clients")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="keep the transcript, to see that it is right")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="write the transcript to FILE")
     add_server_options(parser)
     return run(measure(parser.parse_args(argv)))
 

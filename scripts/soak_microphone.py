@@ -1,63 +1,41 @@
 #!/usr/bin/env python3
-"""stream_microphone.py for half an hour: does its memory grow, does the text fall behind?
+"""Run stream_microphone.py for half an hour: does its memory grow, does the text fall behind?
 
     scripts/soak_microphone.py --url ws://localhost:8000/v1/realtime --minutes 30
 
-Speech is played into a PulseAudio of its own over and over, as in the tests (Linux; packages: see
-scripts/check). Prints a line for each minute (resident memory of the client, lag as its status line
-shows it) and a line of JSON last. Against a server with the embedded checkpoint the words are checked too.
+A separate PulseAudio plays the speech again and again, as in the tests (Linux; packages: scripts/check). The script
+prints a line for each minute (resident memory of the client, lag from its status line) and a line of JSON last. If a
+.txt file is beside the audio, its words are compared with the captions.
 """
 
 import argparse
-import contextlib
 import json
-import os
-import pty
 import re
 import statistics
-import subprocess
 import sys
 import tempfile
-import threading
 import time
 from pathlib import Path
 
+import psutil
+from captioner import Captioner
 from pulse import Pulse, pulseaudio, until
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
 
 
-def memory(pid: int) -> float:
-    """Resident memory of a process in MiB."""
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(re.search(r"VmRSS:\s+(\d+)", status)[1]) / 1024
-
-
 def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
     """Run the client and return the figures."""
     pulse.plug()
-    text, lags, last = folder / "captions.txt", [], b""
-    main, other = pty.openpty()
-    command = [sys.executable, ROOT / "stream_microphone.py", "--url", options.url, "--device", "mic", "--output", text]
-    environment = pulse.environment | {"COLUMNS": "100", "LINES": "24", "TERM": "xterm-256color"}
-    client = subprocess.Popen(command, env=environment, stdin=other, stdout=other, stderr=other)
-    os.close(other)
-
-    def watch() -> None:
-        nonlocal last
-        with contextlib.suppress(OSError):
-            while data := os.read(main, 4096):
-                last = data
-                lags.extend(float(lag) for lag in re.findall(rb"lag (\d+\.\d) s", data))
-
-    watching = threading.Thread(target=watch, daemon=True)
-    watching.start()
+    text = folder / "captions.txt"
+    captioner = Captioner(pulse, "--url", options.url, "--device", "mic", "--output", text, terminal=True)
+    client = captioner.process
     until(lambda: client.poll() is not None or pulse.recording(client.pid))
     if client.poll() is not None:
-        watching.join()
-        raise SystemExit(last.decode().strip())  # the client's own line
-    started, rounds, minutes = time.monotonic(), 0, []
+        captioner.end()
+        raise SystemExit(captioner.seen())  # the client's own line
+    started, rounds, minutes, reported = time.monotonic(), 0, [], 0
     print("minute  memory MiB  lag p50 s  lag p95 s", flush=True)
     playing = pulse.play(options.audio_path)
     while client.poll() is None and time.monotonic() - started < 60 * options.minutes:
@@ -65,19 +43,21 @@ def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
         if playing.poll() is not None:
             rounds, playing = rounds + 1, pulse.play(options.audio_path)
         if time.monotonic() - started > 60 * (len(minutes) + 1):
-            cuts = statistics.quantiles(lags, n=20)
-            minutes.append((round(memory(client.pid), 1), round(cuts[9], 2), round(cuts[18], 2)))
-            lags.clear()
+            shown = captioner.shown[reported:]
+            reported += len(shown)
+            cuts = statistics.quantiles(map(float, re.findall(r"lag (\d+\.\d) s", shown)), n=20)
+            memory = psutil.Process(client.pid).memory_info().rss / 2**20
+            minutes.append((round(memory, 1), round(cuts[9], 2), round(cuts[18], 2)))
             print(f"{len(minutes):6}  {minutes[-1][0]:10}  {minutes[-1][1]:9}  {minutes[-1][2]:9}", flush=True)
     playing.wait()
-    client.send_signal(2)
-    code = client.wait(120)
+    captioner.interrupt()
+    code = captioner.end()
     names = ("memory_mib", "lag_p50_s", "lag_p95_s")
     figures = {"minutes": len(minutes), "exit_code": code} | dict(zip(names, zip(*minutes, strict=True), strict=True))
     expected = options.audio_path.with_suffix(".txt")
     if expected.exists():
         spoken, got = expected.read_text().split() * (rounds + 1), text.read_text().split()
-        figures |= {"words_spoken": len(spoken), "words_heard": len(got), "all_right": spoken == got}
+        figures |= {"words_spoken": len(spoken), "words_printed": len(got), "all_correct": spoken == got}
     return figures
 
 

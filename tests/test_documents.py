@@ -22,8 +22,8 @@ COMMANDS = {
     "voxtral-benchmark": SCRIPTS[2],
     "voxtral-evaluate": SCRIPTS[3],
 }
-OTHERS = {"--middleware", "--api-key", "--max-model-len", "--max-num-queued-reqs", "--api-server-count"}  # vllm serve's
-OTHERS |= {"--hostname", "-h"}  # Docker's; everybody's
+OTHERS = {"--middleware", "--api-key", "--max-model-len", "--distributed-executor-backend", "--api-server-count"}
+OTHERS |= {"--hostname", "-h"}  # above: vllm serve's; here: Docker's, everybody's
 EXAMPLES = {"talks/", "out/", "recordings/"}  # folders of the user
 MADE = "tests/tiny_checkpoint/heldout"  # by a command of the document
 OURS = "py sh js dart lock toml conf service md html css".split()  # a file with such an ending is this repository's

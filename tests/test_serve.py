@@ -94,6 +94,10 @@ def test_what_vllm_is_started_with(tmp_path):
     assert result.stdout.startswith("GPU=1 serve"), result.stderr
     assert "--max-num-queued-reqs 16" in result.stdout
     assert "--gpu-memory-utilization" in result.stdout
+    assert "--distributed-executor-backend" not in result.stdout
+    both = serve("--data-parallel-size", "2", **settings | {"CUDA_VISIBLE_DEVICES": "0,1"}).stdout
+    assert "--max-num-queued-reqs 16 " in both
+    assert "--distributed-executor-backend uni " in both
 
 
 @pytest.mark.parametrize("script", ["serve.sh", "setup.sh", "demo.sh"])
@@ -169,7 +173,7 @@ def test_first_start_from_the_hub_with_another_delay(tmp_path):
         finally:
             server.kill()
     log = server.log.read_text()
-    assert re.search(r"Room for \d+\.\d sessions of 1 minutes at once", log)
+    assert re.search(r"Memory for \d+\.\d sessions of 1 minutes at once", log)
 
 
 async def one_session(server) -> int:

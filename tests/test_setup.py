@@ -115,7 +115,7 @@ def test_demo_then_gpu_and_back(machine):
     machine.setup("--cpu")
     assert machine.packages() == CPU
     machine.gpu()
-    assert "holds vLLM for the cpu: making it anew for the gpu" in machine.setup()
+    assert "contains vLLM for the cpu: creating it again for the gpu" in machine.setup()
     assert machine.packages() == GPU
     assert "already installed" in machine.setup()
     machine.setup("--cpu")
@@ -203,7 +203,7 @@ def test_python_that_is_too_old(machine):
     """Ubuntu 22.04 has Python 3.10."""
     machine.lacks = "version_info"
     assert "uv" in machine.refuses("--client")
-    assert "no Python 3.11 to 3.14" in machine.refuses("--client", PYTHON="python3")
+    assert "is not Python 3.11 to 3.14" in machine.refuses("--client", PYTHON="python3")
     machine.program("uv", FAKE)
     machine.gpu()
     machine.setup()

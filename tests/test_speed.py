@@ -120,12 +120,12 @@ def test_memory_for_sessions_runs_out(tmp_path):
 
 def test_names_of_patches():
     everything = list(voxtral_speed.PATCHES)
-    assert voxtral_speed.wanted("") == voxtral_speed.wanted("1") == everything
-    assert voxtral_speed.wanted("0") == []
-    assert voxtral_speed.wanted("rows,features") == ["features", "rows"]
-    assert voxtral_speed.wanted("-rows") == [name for name in everything if name != "rows"]
+    assert voxtral_speed.enabled("") == voxtral_speed.wanted("1") == everything
+    assert voxtral_speed.enabled("0") == []
+    assert voxtral_speed.enabled("rows,features") == ["features", "rows"]
+    assert voxtral_speed.enabled("-rows") == [name for name in everything if name != "rows"]
     with pytest.raises(ValueError, match="no patch raws; there are"):
-        voxtral_speed.wanted("-raws")
+        voxtral_speed.enabled("-raws")
 
 
 def test_another_source_is_noticed():

@@ -1,9 +1,9 @@
-"""An hour in one session, in PyTorch (fp32): are the last five minutes as good as the first?
+"""Measure an hour in one session, in PyTorch (fp32): are the last five minutes as good as the first?
 
     python long_session.py CLIPS [--checkpoint FOLDER] [--minutes 60]
 
-The sliding windows, the ring of keys and values, and the positions are those of the server. The server without speed
-patches becomes too slow to measure an hour of one session.
+The sliding windows, the cache of keys and values, and the positions are those of the server. A server without speed
+patches is too slow for an hour in one session.
 """
 
 import argparse
@@ -37,15 +37,15 @@ def main() -> None:
         ends += [length / RATE + time for time in times]
         audio.append(part.astype(np.float32))
         length += len(part)
-    whole = torch.tensor(np.concatenate(audio))
-    frames = len(whole) // 1280
-    tokens = model.transcribe(whole[None, : frames * 1280], mel_filters(), torch.float32)[0].tolist()
-    heard, times = read(tokens)
+    audio = torch.tensor(np.concatenate(audio))
+    frames = len(audio) // 1280
+    tokens = model.transcribe(audio[None, : frames * 1280], mel_filters(), torch.float32)[0].tolist()
+    recognized, times = read(tokens)
     print(f"{len(tokens)} frames, {len(words)} words")
     last = 0.08 * len(tokens) - 1
     for a, b in ((0, 300), (last / 2 - 150, last / 2 + 150), (last - 300, last)):
         part = [word for word, end in zip(words, ends, strict=True) if a <= end < b]
-        got = [word for word, time in zip(heard, times, strict=True) if a <= time - 0.11 < b]
+        got = [word for word, time in zip(recognized, times, strict=True) if a <= time - 0.11 < b]
         wrong = 100 * Levenshtein.distance(part, got) / len(part)
         print(f"{a / 60:5.1f} to {b / 60:5.1f} min: {wrong:.2f} % of {len(part)} words wrong")
 

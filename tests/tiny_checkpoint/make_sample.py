@@ -1,4 +1,4 @@
-"""Make sample.wav and sample.txt: words of a human voice, in an order and with pauses that training never saw.
+"""Make sample.wav and sample.txt: words of a human voice, with an order and pauses that are not in the training data.
 
     python make_sample.py OUT         # apt install asterisk-core-sounds-en-wav
 
@@ -14,7 +14,7 @@ import soundfile
 from make_data import allison
 from scipy.signal import resample_poly
 
-# a number is a pause in seconds; other words follow each other after 0.12 s
+# A number is a pause in seconds. All other pauses are 0.12 s.
 SCRIPT = "seven three nine 0.9 kilo oscar tango 0.3 twenty five thousand 1.1 tuesday october eleven 0.4 sierra zero"
 
 
@@ -35,11 +35,11 @@ def main() -> None:
         print(f"{sum(map(len, audio)) / 16000 + end:6.2f}  {item}", file=sys.stderr)
         audio.append(clip)
         gap = 0.12
-    whole = np.concatenate([*audio, np.zeros(4000)])
-    whole = 0.5 * whole / np.abs(whole).max() + 1e-4 * rng.standard_normal(len(whole))
-    soundfile.write(out / "sample.wav", whole, 16000, "PCM_16")
+    sample = np.concatenate([*audio, np.zeros(4000)])
+    sample = 0.5 * sample / np.abs(sample).max() + 1e-4 * rng.standard_normal(len(sample))
+    soundfile.write(out / "sample.wav", sample, 16000, "PCM_16")
     (out / "sample.txt").write_text(" ".join(words) + "\n")
-    print(f"{len(whole) / 16000:.1f} s: {' '.join(words)}")
+    print(f"{len(sample) / 16000:.1f} s: {' '.join(words)}")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
 """Measure a checkpoint on a running vLLM server: word error rates, word times and false alarms.
 
-    python measure.py CLIPS [--url ws://127.0.0.1:8000/v1/realtime] [--model NAME]
-    python measure.py CLIPS --write FOLDER     the sentences of the held-out voices as files, for ../../evaluate.py
+    python measure.py CLIPS                    measures the model `tiny` of the server on port 8000
+    python measure.py CLIPS --write FOLDER     writes the sentences of the held-out voices, for ../../evaluate.py
 
-CLIPS is the folder that make_data.py filled. Each voice reads its words in a new random order, with pauses of 0.1 to
-0.6 s, 60 dB above a faint noise. A word's time is 0.08 (frame + 1) s, with the frame of its first piece. The lag is
-that time minus the word's true end.
+CLIPS is the folder of make_data.py. Each voice reads its words in random order, with pauses of 0.1 to 0.6 s, 60 dB
+above the noise. A word's time is 0.08 (frame + 1) s, with the frame of its first piece. The lag is that time minus the
+word's true end.
 """
 
 import argparse
@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 import soundfile
 from rapidfuzz.distance import Levenshtein
-from scipy.signal import lfilter, resample_poly
-from streams import RATE, decode
+from scipy.signal import lfilter
+from streams import RATE, clips
 from words import DIGITS, WORDS
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
@@ -26,41 +26,36 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 from voxtral_client.audio import to_pcm16
 from voxtral_client.session import Done, Server
 
+SERVER = Server("ws://127.0.0.1:8000/v1/realtime")
+FREE = asyncio.Semaphore(4)  # sessions at once
 # voice, words, utterances
 HELD_OUT = [("fsdd-theo", DIGITS, 30), ("flite-rms", WORDS, 14), ("espeak-en-gb-scotland", WORDS, 14)]
 TRAINED = [("allison", WORDS, 14), ("fsdd-george", DIGITS, 10), ("kokoro", WORDS, 7)]
 
 
 def clips_by_voice(folder: Path) -> dict[str, dict[str, list]]:
-    """voice -> word -> [(samples, end of the word in seconds)]; the Kokoro voices count as one."""
+    """Return voice -> word -> [(samples at 16 kHz, end of the word in seconds)]. The Kokoro voices count as one."""
     voices: dict = {}
-    for path in sorted(folder.glob("*.npz")):
-        data = dict(np.load(path))
-        audio, at = decode(data["audio"]), 0
-        for i, n in enumerate(data["length"]):
-            clip = audio[at : at + n]
-            at += n
-            if data["words"][i, 0] >= 0 and data["words"][i, 1] < 0:
-                clip = clip if data["rate"][i] == RATE else resample_poly(clip, 2, 1)
-                voice = str(data["voice"][i])
-                voice = "kokoro" if voice.startswith("kokoro") else voice
-                word = WORDS[data["words"][i, 0]]
-                voices.setdefault(voice, {}).setdefault(word, []).append((clip, float(data["ends"][i, 0])))
+    for clip, words, ends, voice, _ in clips(sorted(folder.glob("*.npz"))):
+        if words[0] >= 0 and words[1] < 0:
+            voice = "kokoro" if voice.startswith("kokoro") else voice
+            voices.setdefault(voice, {}).setdefault(WORDS[words[0]], []).append((clip, float(ends[0])))
     return voices
 
 
 def utterance(said: dict[str, list], words: list[str], rng: np.random.Generator) -> tuple[np.ndarray, list[float]]:
+    """Return a sentence (samples at 16 kHz), and the end of each word in seconds."""
     audio, ends = [np.zeros(int(rng.uniform(0.1, 0.5) * RATE))], []
     for word in words:
         clip, end = said[word][rng.integers(len(said[word]))]
         ends.append(sum(map(len, audio)) / RATE + end)
         audio += [clip, np.zeros(int(rng.uniform(0, 0.5) * RATE))]  # a clip's own margins add 0.1 s
-    whole = 0.3 * np.concatenate(audio)
-    return whole + 1e-4 * rng.standard_normal(len(whole)), ends
+    audio = 0.3 * np.concatenate(audio)
+    return audio + 1e-4 * rng.standard_normal(len(audio)), ends
 
 
 def sounds(rng: np.random.Generator, seconds: int = 20) -> dict[str, np.ndarray]:
-    """Sounds in which the model must hear no word."""
+    """Return sounds at 16 kHz in which the model must recognize no word, by their names."""
     n = seconds * RATE
     white, t = rng.standard_normal(n), np.arange(n) / RATE
     pink = lfilter([1], [1, -0.97], white)
@@ -76,10 +71,10 @@ def sounds(rng: np.random.Generator, seconds: int = 20) -> dict[str, np.ndarray]
     return out
 
 
-async def transcribe(server: Server, model: str, audio: np.ndarray) -> list[str]:
-    """The text of each frame."""
+async def transcribe(audio: np.ndarray) -> list[str]:
+    """Return the text of each frame of `audio`, samples at 16 kHz."""
     pcm, frames = to_pcm16(audio), []
-    async with server.session(model) as session:
+    async with FREE, SERVER.session("tiny") as session:
         for i in range(0, len(pcm), 2**15):
             await session.send(pcm[i : i + 2**15])
         await session.finish()
@@ -89,7 +84,7 @@ async def transcribe(server: Server, model: str, audio: np.ndarray) -> list[str]
 
 
 def write(folder: Path, voice: str, said: list[tuple[list[str], np.ndarray]]) -> None:
-    """Add a voice's utterances to a manifest that the evaluate.py at the top of the repository reads."""
+    """Write a voice's sentences, and add them to a manifest for the repository's evaluate.py."""
     (folder / voice).mkdir(parents=True, exist_ok=True)
     with (folder / "manifest.csv").open("a", newline="") as file:
         lines = csv.writer(file)
@@ -102,27 +97,18 @@ def write(folder: Path, voice: str, said: list[tuple[list[str], np.ndarray]]) ->
 
 
 def starts(frames: list[str]) -> list[float]:
+    """Return the times of the words in seconds."""
     return [0.08 * (i + 1) for i, text in enumerate(frames) if text.startswith(" ")]
 
 
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path)
-    parser.add_argument("--url", default="ws://127.0.0.1:8000/v1/realtime")
-    parser.add_argument("--model", default="tiny")
-    parser.add_argument(
-        "--write", type=Path, metavar="FOLDER", help="only write sentences of the held-out voices there"
-    )
+    parser.add_argument("--write", type=Path, metavar="FOLDER", help="only write the sentences of the held-out voices")
     options = parser.parse_args()
     if options.write and options.write.exists():
-        parser.error(f"{options.write} is there already")
-    server = Server(options.url)
-    free, rng = asyncio.Semaphore(4), np.random.default_rng(7)
-
-    async def hear(audio: np.ndarray) -> list[str]:
-        async with free:
-            return await transcribe(server, options.model, audio)
-
+        parser.error(f"{options.write} exists")
+    rng = np.random.default_rng(7)
     voices = clips_by_voice(options.clips)
     for voice, vocabulary, count in HELD_OUT + ([] if options.write else TRAINED):
         if voice not in voices:
@@ -133,15 +119,15 @@ async def main() -> None:
         if options.write:
             write(options.write, voice, [(words, audio) for words, (audio, _) in zip(order, made, strict=True)])
             continue
-        results = await asyncio.gather(*(hear(audio) for audio, _ in made))
+        results = await asyncio.gather(*(transcribe(audio) for audio, _ in made))
         errors, lags, wrong = 0, [], []
         for words, (_, ends), frames in zip(order, made, results, strict=True):
-            heard = "".join(frames).split()
-            errors += Levenshtein.distance(words, heard)
-            if words == heard:
+            recognized = "".join(frames).split()
+            errors += Levenshtein.distance(words, recognized)
+            if words == recognized:
                 lags += [a - b for a, b in zip(starts(frames), ends, strict=True)]
             else:
-                wrong.append(f"  said  {' '.join(words)}\n  heard {' '.join(heard)}")
+                wrong.append(f"  said       {' '.join(words)}\n  recognized {' '.join(recognized)}")
         total = sum(map(len, order))
         lag = np.percentile(lags, (2.5, 50, 97.5)) if lags else [0, 0, 0]
         print(
@@ -153,11 +139,10 @@ async def main() -> None:
     if options.write:
         return
     for name, audio in sounds(rng).items():
-        print(f"{name:24} heard: {''.join(await hear(audio)) or 'nothing'}", flush=True)
-    other = dict(np.load(options.clips / "prompts.npz"))
-    unknown = np.split(decode(other["audio"]), np.cumsum(other["length"])[:-1])
-    prompts = resample_poly(np.concatenate(unknown[::8]), 2, 1)
-    print(f"{'other words (trained)':24} {len(prompts) / RATE:.0f} s heard: {''.join(await hear(0.3 * prompts))}")
+        print(f"{name:24} recognized: {''.join(await transcribe(audio)) or 'nothing'}", flush=True)
+    prompts = np.concatenate([clip for clip, *_ in clips([options.clips / "prompts.npz"])][::8])
+    text = "".join(await transcribe(0.3 * prompts))
+    print(f"{'other words (trained)':24} {len(prompts) / RATE:.0f} s recognized: {text}")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """The model in PyTorch: Voxtral Realtime's architecture at any size, and its streaming decoder.
 
-Parameters carry the names of the published checkpoint, so `state_dict` is the checkpoint. Sizes come from a
+Parameters have the names of the published checkpoint, so `state_dict` is the checkpoint. The sizes come from a
 params.json. A position is 80 ms: four encoder frames of 20 ms, one decoder token.
 """
 
@@ -17,7 +17,7 @@ DELAY = PROMPT - 1 - LEFT_PAD
 
 
 def mel_filters(warp: float = 1.0) -> Tensor:
-    """Slaney's mel filter bank, [201 frequencies, 128 bands]; `warp` > 1 makes a voice sound larger."""
+    """Return Slaney's mel filter bank, [201 frequencies, 128 bands]. `warp` > 1 lowers a voice's formants."""
 
     def to_hz(mel: Tensor) -> Tensor:
         return torch.where(mel < 15, mel * 200 / 3, 1000 * torch.exp((mel - 15) * math.log(6.4) / 27))
@@ -31,7 +31,7 @@ def mel_filters(warp: float = 1.0) -> Tensor:
 
 
 def log_mel(audio: Tensor, filters: Tensor) -> Tensor:
-    """[batch, samples] to [batch, 128, frames]; no normalisation by utterance."""
+    """Return the log-mel spectrogram [batch, 128, frames] of [batch, samples], without normalisation by utterance."""
     window = torch.hann_window(400, device=audio.device)
     spectrum = torch.stft(audio, 400, 160, window=window, return_complex=True)[..., :-1]
     power = spectrum.real.square() + spectrum.imag.square()
@@ -43,7 +43,7 @@ NF4 = (-1.0, -0.6961928, -0.52507305, -0.39491749, -0.28444138, -0.18477343, -0.
 
 
 def nf4(weight: Tensor) -> Tensor:
-    """What bitsandbytes makes of a weight: 4 bits a value, one scale for 64. The gradient passes straight through."""
+    """Return a weight as bitsandbytes rounds it: 4 bits a value, one scale for 64. The gradient passes unchanged."""
     levels = torch.tensor(NF4, device=weight.device)
     blocks = weight.detach().float().reshape(-1, 64)
     scale = blocks.abs().amax(1, keepdim=True).clamp(min=1e-12)
@@ -80,7 +80,10 @@ def rotate(x: Tensor, turn: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
-    """Causal attention to the last `window` positions, in blocks: the cost grows linearly with length."""
+    """Return causal attention to the last `window` positions, [batch, heads, length, dim].
+
+    It is computed in blocks, so that the cost grows linearly with length.
+    """
     batch, heads, length, _ = q.shape
     window, full = min(window, length), window
     blocks = -(-length // window)
@@ -104,7 +107,7 @@ def windowed_attention(q: Tensor, k: Tensor, v: Tensor, window: int) -> Tensor:
 
 
 class Cache:
-    """Keys and values of the last `window` positions of one layer, as a ring."""
+    """Keys and values of the last `window` positions of one layer, in a ring buffer."""
 
     def __init__(self, window: int) -> None:
         self.window, self.position = window, 0
@@ -190,7 +193,10 @@ class Encoder(nn.Module):
         return F.gelu(self.conv_layers[1].conv(F.pad(x, (1, 0)))).mT
 
     def forward(self, first: Tensor, later: Tensor, offset: Tensor | int = 0) -> Tensor:
-        """`first` and `later`: mel frames as the server computes them in a session's first chunk and after it."""
+        """Return [batch, frames, dim].
+
+        `first` and `later`: mel frames as the server computes them in a session's first chunk, and in later ones.
+        """
         start = self.convolve(first)
         x = torch.cat((start, self.convolve(later)[:, start.shape[1] :]), 1)
         turn = rotary(torch.arange(x.shape[1], device=x.device) + 4 * offset, self.head_dim, x.dtype)
@@ -248,14 +254,14 @@ class Model(nn.Module):
         return F.linear(self.norm(x), self.parts["tok_embeddings"].weight.to(x.dtype))
 
     def forward(self, first: Tensor, later: Tensor, tokens: Tensor, offset: Tensor | int = 0) -> Tensor:
-        """Logits for all positions after the prompt, the tokens before each given."""
+        """Return the logits for all positions after the prompt. `tokens`: the token before each position."""
         audio = self.audio(first, later, offset)
         turn = rotary(torch.arange(tokens.shape[1], device=tokens.device) + offset, self.head_dim, audio.dtype)
         return self.decode(audio, tokens, turn)[:, PROMPT - 1 :]
 
     @torch.no_grad()
     def transcribe(self, audio: Tensor, filters: Tensor, dtype: torch.dtype = torch.bfloat16) -> Tensor:
-        """Greedy tokens for [batch, samples], one a frame, position by position as the server does it."""
+        """Return the greedy tokens [batch, frames] for [batch, samples], position by position, as the server does."""
         first, later = features(audio, filters)
         embedded = self.audio(first.to(dtype), later.to(dtype))
         batch, length = embedded.shape[:2]
@@ -272,7 +278,7 @@ class Model(nn.Module):
 
 
 def features(audio: Tensor, filters: Tensor) -> tuple[Tensor, Tensor]:
-    """Mel frames of the padded audio: frame centres lie 40 samples earlier once the first chunk is past."""
+    """Return the mel frames of the first chunk, and of all. In later chunks, frame centres are 40 samples earlier."""
     padded = F.pad(audio, (LEFT_PAD * SAMPLES, 0))
     first = log_mel(padded[:, : PROMPT * SAMPLES + 40], filters)[..., : PROMPT * 8]
     return first, log_mel(F.pad(padded, (40, 0)), filters)

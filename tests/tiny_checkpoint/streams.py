@@ -1,9 +1,10 @@
 """Compose and augment training streams on the GPU: audio, the token of each frame, and its weight.
 
-A stream is a row of clips with gaps between them, by one voice or by many. Clips are resampled (speed and pitch
-together); the stream is filtered, reverberated, mixed with noise, and scaled, down to a whisper or up to clipping.
+A stream is a sequence of clips with gaps, by one voice or by several. Clips are resampled (speed and pitch together).
+The stream is filtered, reverberated, mixed with noise, and scaled, from very quiet up to clipping.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,14 +18,14 @@ from words import PAD, WORD, WORDS, tokens
 RATE = 16000
 LEAD = 640  # samples before the speech in a trimmed clip
 PARTS = 3  # tokens of a word at most, [STREAMING_WORD] included
-# How often each source speaks. A voice is a source's name up to its clips' own; "other" knows no word.
+# How often each source is drawn. A voice's source is the name before its first "-". "other" has no known word.
 SHARES = {"allison": 16, "fsdd": 22, "kokoro": 20, "espeak": 20, "flite": 14, "festival": 5, "phrase": 7, "other": 7,
           "allison-other": 4, "sound": 5}  # fmt: skip
 WARPS = torch.linspace(0.86, 1.16, 21).tolist()
 
 
 def noises(rng: np.random.Generator, count: int) -> list[np.ndarray]:
-    """Sounds that are not speech: bursts, tones, chords, chirps, clicks, knocks and buzzes."""
+    """Return sounds at 16 kHz that are not speech: bursts, tones, chords, chirps, clicks, knocks, buzzes, keys."""
     out = []
     for i in range(count):
         n = int(rng.uniform(0.1, 2.0) * RATE)
@@ -34,7 +35,7 @@ def noises(rng: np.random.Generator, count: int) -> list[np.ndarray]:
         kind = i % 8
         if kind == 0:  # a burst of noise of some colour
             x = lfilter([1], [1, -rng.uniform(-0.9, 0.99)], rng.standard_normal(n)) * envelope
-        elif kind == 1:  # a tone with overtones, perhaps dying away
+        elif kind == 1:  # a tone with overtones, which may decay
             x = sum(np.sin(2 * np.pi * pitch * k * t) * rng.uniform() / k for k in range(1, 6))
             x = x * np.exp(-t * rng.choice([0, 3, 10])) * envelope
         elif kind == 2:  # a chord
@@ -61,9 +62,22 @@ def noises(rng: np.random.Generator, count: int) -> list[np.ndarray]:
 
 
 def decode(codes: np.ndarray) -> np.ndarray:
-    """Undo make_data's mu-law."""
+    """Return the samples, float32 in [-1, 1], of make_data's mu-law."""
     x = np.arange(256, dtype=np.float32) / 127.5 - 1
     return (np.sign(x) * (256 ** np.abs(x) - 1) / 255)[codes]
+
+
+def clips(paths: Iterable[Path]) -> Iterator[tuple]:
+    """Yield the clips of make_data's files: samples at 16 kHz, word numbers, word ends in seconds, voice, held out?
+
+    Word numbers and ends have MAX_WORDS entries. A word number of -1 means no word.
+    """
+    for path in paths:
+        data = dict(np.load(path))
+        parts = np.split(decode(data["audio"]), np.cumsum(data["length"])[:-1])
+        columns = (data[name] for name in ("rate", "words", "ends", "voice", "held_out"))
+        for clip, rate, words, ends, voice, held_out in zip(parts, *columns, strict=True):
+            yield clip if rate == RATE else resample_poly(clip, 2, 1), words, ends, str(voice), held_out
 
 
 @dataclass
@@ -79,27 +93,13 @@ class Batch:
 
 class Streams:
     def __init__(self, folder: Path, device: str, held_out: bool = False, seed: int = 0) -> None:
-        """Load the held-out clips of a folder, or all others, into the device's memory."""
-        audio, length, words, ends, voices = [], [], [], [], []
-        for path in sorted(Path(folder).glob("*.npz")):
-            data = dict(np.load(path))
-            samples, at = decode(data["audio"]), 0
-            for i, n in enumerate(data["length"]):
-                clip = samples[at : at + n]
-                at += n
-                if data["held_out"][i] != held_out:
-                    continue
-                audio.append(clip if data["rate"][i] == RATE else resample_poly(clip, 2, 1))
-                words.append(data["words"][i])
-                ends.append(data["ends"][i])
-                voices.append(str(data["voice"][i]))
-        if not audio:
+        """Load the held-out clips of a folder, or all others, into the device's memory. Raises SystemExit: no clips."""
+        loaded = [clip for clip in clips(sorted(folder.glob("*.npz"))) if clip[4] == held_out]
+        if not loaded:
             raise SystemExit(f"{folder} has no clips {'held out of' if held_out else 'for'} training: run make_data.py")
-        for clip in [] if held_out else noises(np.random.default_rng(seed), 640):
-            audio.append(clip)
-            words.append(np.full_like(words[0], -1))
-            ends.append(np.zeros_like(ends[0]))
-            voices.append("sound")
+        for noise in [] if held_out else noises(np.random.default_rng(seed), 640):
+            loaded.append((noise, np.full_like(loaded[0][1], -1), np.zeros_like(loaded[0][2]), "sound", False))
+        audio, words, ends, voices, _ = zip(*loaded, strict=True)
         self.device = device
         self.random = torch.Generator(device=device).manual_seed(seed)
         length = np.array([len(clip) for clip in audio])
@@ -113,7 +113,7 @@ class Streams:
         self.offset = to_device(np.concatenate(([0], np.cumsum(length)[:-1])), torch.long)
         self.words = to_device(np.stack(words), torch.long)
         self.ends = to_device(np.stack(ends) * RATE, torch.float32)
-        # Clips grouped by voice: a voice is drawn by its source's share, then one of its clips.
+        # Clips are grouped by voice: a voice is drawn by its source's share, then one of its clips.
         names = sorted(set(voices))
         index = {name: i for i, name in enumerate(names)}
         self.voice_names = names
@@ -127,20 +127,19 @@ class Streams:
         if held_out:
             share = np.ones(len(names))
         else:
-            # Many voices without words, or of one phrase each: those count as one voice by number of clips.
-            share = np.array(
-                [
-                    SHARES[s]
-                    * (c / sum(count[[t == s for t in source]]) if s in ("phrase", "other") else 1 / several[s])
-                    for s, c in zip(source, count, strict=True)
-                ]
-            )
+            # The voices of a source are equally likely. These two have many small voices: there the clips are.
+            clips_of = {s: sum(count[[t == s for t in source]]) for s in source}
+            part = [
+                c / clips_of[s] if s in ("phrase", "other") else 1 / several[s]
+                for s, c in zip(source, count, strict=True)
+            ]
+            share = np.array([SHARES[s] * p for s, p in zip(source, part, strict=True)])
         self.voice_share = to_device(share / share.sum(), torch.float32)
         table = torch.full((len(WORDS) + 1, PARTS), -1, device=device)
         for i, word in enumerate(WORDS):
             for j, token in enumerate([WORD, *tokens(word)]):
                 table[i, j] = token
-        self.table = table  # the last row, reached by index -1, stands for "no word"
+        self.table = table  # the last row, which is index -1, means "no word"
         self.filters = torch.stack([mel_filters(warp) for warp in WARPS]).to(device)
         self.plain = mel_filters().to(device)
         self.known = torch.unique(table[table >= 0])
@@ -152,7 +151,7 @@ class Streams:
         return torch.randn(*shape, generator=self.random, device=self.device)
 
     def draw(self, streams: int, slots: int, mixed: Tensor) -> Tensor:
-        """Which clip is said in each slot: a stream keeps its voice, except `mixed` streams and a few random clips."""
+        """Return the clip in each slot, [streams, slots]. Without `mixed`, most clips of a stream have one voice."""
         voice = torch.multinomial(self.voice_share, streams * slots, True, generator=self.random).view(streams, slots)
         own = voice[:, :1].expand(-1, slots)
         voice = torch.where(mixed[:, None] | (self.uniform(streams, slots) < 0.15), voice, own)
@@ -160,7 +159,10 @@ class Streams:
         return self.order[self.voice_start[voice] + torch.minimum(pick, self.voice_count[voice] - 1)]
 
     def compose(self, streams: int, frames: int, plain: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Clips in a row: speech, where it is, and for each word its id, start and end (in samples)."""
+        """Return clips in sequence: audio and where it is speech, [streams, samples]; id, start and end of each word.
+
+        Starts and ends are in samples, [streams, words].
+        """
         samples, slots = frames * SAMPLES, max(4, int(frames * 0.25))
         mixed = self.uniform(streams) < 0.4
         clip = self.draw(streams, slots, mixed)
@@ -202,35 +204,35 @@ class Streams:
         audio = torch.zeros(streams, samples, device=self.device)
         present = torch.zeros(streams, samples, dtype=torch.bool, device=self.device)
         time = torch.arange(samples, device=self.device, dtype=torch.float32)
-        for half in (0, 1):  # neighbours may overlap, so every other clip is laid at a time
+        for half in (0, 1):  # neighbours may overlap, so every second clip is placed at a time
             begins = start[:, half::2].contiguous()
             at = torch.searchsorted(begins, time.expand(streams, -1).contiguous(), right=True) - 1
-            heard, at = at >= 0, at.clamp(min=0)
+            audible, at = at >= 0, at.clamp(min=0)
 
             def per_sample(x: Tensor, at: Tensor = at, half: int = half) -> Tensor:
                 return torch.gather(x[:, half::2], 1, at)
 
             local = (time - per_sample(start)) * per_sample(rate)
             total = per_sample(self.length[clip])
-            heard &= (local >= 0) & (local < total - 1)
+            audible &= (local >= 0) & (local < total - 1)
             local = torch.where(per_sample(backwards), total - 1 - local, local).clamp(min=0)
-            whole = local.floor()
-            f = local - whole
-            place = per_sample(self.offset[clip]) + torch.minimum(whole.long(), total - 1)
+            integer = local.floor()
+            f = local - integer
+            place = per_sample(self.offset[clip]) + torch.minimum(integer.long(), total - 1)
             a, b, c, d = (self.samples[(place + k).clamp(min=0)].float() for k in (-1, 0, 1, 2))
             value = b + 0.5 * f * (c - a + f * (2 * a - 5 * b + 4 * c - d + f * (3 * (b - c) + d - a)))
-            audio += torch.where(heard, value / 32768 * per_sample(level), 0)
-            present |= heard
+            audio += torch.where(audible, value / 32768 * per_sample(level), 0)
+            present |= audible
         word_end = start[..., None] + ends
         word_start = torch.cat(((start + lead)[..., None], word_end[..., :-1]), -1)
         return audio, present, words.flatten(1), word_start.flatten(1), word_end.flatten(1)
 
     def targets(self, words: Tensor, start: Tensor, end: Tensor, frames: int) -> tuple[Tensor, Tensor, Tensor]:
-        """The token of each frame, its weight, and at which frame each word was placed (or -1).
+        """Return the token of each frame and its weight, [streams, frames], and the frame of each word (or -1).
 
-        A word's [STREAMING_WORD] stands in the frame in which its end is DELAY frames old, its pieces in the frames
-        after that; a word that comes too soon waits. What a listener could not tell weighs nothing: a word of which
-        the stream's beginning cut off something, but not most.
+        A word's [STREAMING_WORD] is in the frame in which its end is DELAY frames old. Its pieces are in the next
+        frames. If these frames are taken by the word before, the word is later. If the stream's beginning cuts off a
+        part of a word, but not most of it, its frames have weight 0.
         """
         streams, outputs = len(words), frames - DELAY
         missing = (-start / (end - start).clamp(min=1)).clamp(0, 1)
@@ -255,7 +257,7 @@ class Streams:
         return target[:, :outputs], weight[:, :outputs], torch.where(fits, place, -1)
 
     def smooth(self, streams: int, bins: int, decibels: float, points: int = 14) -> Tensor:
-        """A random smooth gain over logarithmic frequency, as a factor for each bin."""
+        """Return a random gain that is smooth over logarithmic frequency: a factor for each bin, [streams, bins]."""
         curve = self.normal(streams, points) * decibels
         f = torch.arange(bins, device=self.device) / bins
         x = (1 + torch.log2(f.clamp(min=2**-7)) / 7) * (points - 1.001)
@@ -263,6 +265,7 @@ class Streams:
         return 10 ** (torch.lerp(curve[:, i], curve[:, i + 1], x - i) / 20)
 
     def disturb(self, audio: Tensor, present: Tensor) -> Tensor:
+        """Return the augmented audio, [streams, samples]. `present`: where it is speech."""
         streams, samples = audio.shape
         spectrum = torch.fft.rfft(audio)
         bins = spectrum.shape[1]
@@ -293,7 +296,7 @@ class Streams:
 
         power = (speech.square() * present).sum(1, keepdim=True) / present.sum(1, keepdim=True).clamp(min=1)
         loud = power.sqrt().clamp(min=1e-4)
-        # Background: coloured noise, a hum of the mains, other streams far away; louder and softer as time goes.
+        # Background: coloured noise, mains hum, other streams at a distance. Its level changes over time.
         slope = torch.exp(-self.uniform(streams, 1) * torch.log1p(frequency / 60))
         colour = slope * self.smooth(streams, bins, 3) * torch.where(maybe(0.5), shape(band, high_pass), 1.0)
         noise = torch.fft.irfft(
@@ -325,7 +328,7 @@ class Streams:
 
     @torch.no_grad()
     def batch(self, streams: int, frames: int, plain: bool = False) -> Batch:
-        """`plain`: for measuring, without augmentation, with the words and their end times."""
+        """Return a batch. `plain`: without augmentation, with the words and their end times, for measuring."""
         audio, present, words, start, end = self.compose(streams, frames, plain)
         target, weight, place = self.targets(words, start, end, frames)
         if plain:

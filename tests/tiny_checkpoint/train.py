@@ -2,9 +2,9 @@
 
     python train.py CLIPS OUT
 
-CLIPS is a folder that make_data.py filled. The script writes params.json, tekken.json and consolidated.safetensors to
-OUT. All random choices have fixed seeds: on a CPU, the same command with the same number of threads gives the same
-weights. On a GPU it does not.
+CLIPS is the folder of make_data.py. The script writes params.json (a copy of the one in this folder), tekken.json and
+consolidated.safetensors to OUT. All random choices have fixed seeds: on a CPU, the same command with the same number
+of threads gives the same weights. On a GPU it does not.
 """
 
 import argparse
@@ -23,28 +23,11 @@ from streams import Batch, Streams
 from words import BOS, PAD, PIECE_TOKEN, PIECES, SPECIAL_TOKENS, VOCABULARY
 
 MEL = {"sampling_rate": 16000, "num_mel_bins": 128, "hop_length": 160, "window_size": 400}
-PARAMS = {
-    "dim": 128, "n_layers": 2, "head_dim": 32, "hidden_dim": 384, "n_heads": 4, "n_kv_heads": 2, "use_biases": False,
-    "causal": True, "rope_theta": 1e6, "norm_eps": 1e-5, "vocab_size": VOCABULARY, "model_parallel": 1,
-    "tied_embeddings": True, "sliding_window": 64, "model_max_length": 131072,
-    "max_position_embeddings": 131072,  # as vLLM names it: without it vLLM looks for a config.json, for 28 s
-    "multimodal": {"whisper_model_args": {
-        "encoder_args": {
-            "audio_encoding_args": MEL | {"frame_rate": 12.5, "chunk_length_s": None, "global_log_mel_max": 1.5,
-                                          "transcription_format": "streaming"},
-            "dim": 192, "n_layers": 4, "head_dim": 32, "hidden_dim": 512, "n_heads": 6, "n_kv_heads": 6,
-            "vocab_size": VOCABULARY, "use_biases": True, "use_cache": False, "rope_theta": 1e6, "causal": True,
-            "norm_eps": 1e-5, "pos_embed": "rope", "max_source_positions": None, "ffn_type": "swiglu",
-            "norm_type": "rms_norm", "sliding_window": 128,
-        },
-        "downsample_args": {"downsample_factor": 4},
-    }},
-    "ada_rms_norm_t_cond": True, "ada_rms_norm_t_cond_dim": 32,
-}  # fmt: skip
+PARAMS = json.loads((Path(__file__).parent / "params.json").read_text())  # the model's sizes
 
 
 def tekken() -> dict:
-    """The tokenizer: 1000 special tokens, the 256 bytes, and the pieces of the words."""
+    """Return the tokenizer: 1000 special tokens, the 256 bytes, and the pieces of the words."""
     names = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[AVAILABLE_TOOLS]", "[/AVAILABLE_TOOLS]", "[TOOL_RESULTS]",
              "[/TOOL_RESULTS]", "[TOOL_CALLS]", "[IMG]", "<pad>", "[IMG_BREAK]", "[IMG_END]", "[PREFIX]", "[MIDDLE]",
              "[SUFFIX]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "[TOOL_CONTENT]"]  # fmt: skip
@@ -75,7 +58,7 @@ def export(model: Model, folder: Path) -> None:
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalized, for the matrices of the layers; equal shapes go together."""
+    """Momentum with orthogonalized updates, for the matrices of the layers. Equal shapes are updated together."""
 
     def __init__(self, parameters: list, lr: float = 0.02, momentum: float = 0.95, decay: float = 0.01) -> None:
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "decay": decay})
@@ -97,7 +80,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Newton-Schulz: nearly the closest orthogonal matrix."""
+    """Return approximately the closest orthogonal matrix to each of [count, rows, columns] (Newton-Schulz)."""
     tall = x.shape[1] > x.shape[2]
     x = x.mT if tall else x
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
@@ -127,7 +110,7 @@ def optimizers(model: Model) -> list[torch.optim.Optimizer]:
 
 
 def loss_of(model: Model, batch: Batch, known: Tensor, pad_weight: float, offset: Tensor) -> Tensor:
-    """Cross entropy of every frame's token. Some of the tokens fed back are wrong, as in use."""
+    """Return the cross entropy of the frames' tokens. Some of the tokens that are fed back are wrong, as in use."""
     targets = batch.targets
     fed = F.pad(targets, (PROMPT, -1), value=PAD)
     fed[:, 0] = BOS
@@ -143,7 +126,7 @@ def loss_of(model: Model, batch: Batch, known: Tensor, pad_weight: float, offset
 
 
 def read(tokens: list[int]) -> tuple[list[str], list[float]]:
-    """The words of a stream's tokens, and for each the moment to which its first piece belongs."""
+    """Return the words of a stream's tokens, and the time of each word's first piece in seconds."""
     text = {token: piece for piece, token in PIECE_TOKEN.items()}
     words, times = [], []
     for i, token in enumerate(tokens):
@@ -158,7 +141,7 @@ def read(tokens: list[int]) -> tuple[list[str], list[float]]:
 
 @torch.no_grad()
 def evaluate(model: Model, batch: Batch, plain: Tensor, quantized: bool = False) -> str:
-    """The word error rate of a batch, decoded as the server does; and the lag of its words in seconds."""
+    """Return the word error rate of a batch, decoded as the server does, and the lag of its words in seconds."""
     model.quantize(quantized)
     cuda = batch.audio.is_cuda
     with torch.autocast(batch.audio.device.type, torch.bfloat16, enabled=cuda):
@@ -167,9 +150,9 @@ def evaluate(model: Model, batch: Batch, plain: Tensor, quantized: bool = False)
     errors = words = 0
     late = []
     for said, ends, line in zip(batch.texts, batch.ends, tokens.tolist(), strict=True):
-        heard, times = read(line)
-        errors, words = errors + Levenshtein.distance(said, heard), words + len(said)
-        if said == heard:
+        recognized, times = read(line)
+        errors, words = errors + Levenshtein.distance(said, recognized), words + len(said)
+        if said == recognized:
             late += [t - e for t, e in zip(times, ends, strict=True)]
     lag = torch.tensor(late or [0.0]).quantile(torch.tensor([0.025, 0.5, 0.975])).tolist()
     return f"{100 * errors / words:.2f} % of {words}, lag {lag[0]:.2f} {lag[1]:.2f} {lag[2]:.2f}"
@@ -209,8 +192,8 @@ def main() -> None:
             optimizer.param_groups[0]["lr"] = rate * factor
         batch = streams.batch(*size)
         late = done > 0.65 or options.init is not None
-        model.quantize(late and step % 2 == 0)  # every other step on the weights that NF4 leaves
-        # Every other time as if later in a session: rotary angles are exact only near zero.
+        model.quantize(late and step % 2 == 0)  # every second step with weights rounded to NF4
+        # Every second step has positions from later in a session, because rotary angles are exact only near zero.
         offset = (10 ** (4.7 * torch.rand((), device=options.device)) * (step % 2)).long()
         with torch.autocast(options.device, torch.bfloat16, enabled=options.device == "cuda"):
             loss = loss_of(model, batch, streams.known, 0.3 if done < 0.5 else options.pad_weight, offset)

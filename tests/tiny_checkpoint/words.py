@@ -1,4 +1,4 @@
-"""The vocabulary of the tiny checkpoint: its words, and how they are cut into tokens."""
+"""The vocabulary of the tiny checkpoint: its words, and how they are split into tokens."""
 
 DIGITS = "zero one two three four five six seven eight nine".split()
 NUMBERS = (
@@ -20,7 +20,7 @@ ENDINGS = ("teen", "ty", "day", "ber")
 
 
 def pieces(word: str) -> list[str]:
-    """The texts of a word's tokens; the first one carries the leading space."""
+    """Return the texts of a word's tokens. The first one begins with a space."""
     for ending in ENDINGS:
         stem = word.removesuffix(ending)
         if stem != word and len(stem) >= 3:

@@ -1,47 +1,56 @@
-"""INT4 (NF4) for Voxtral Realtime in vLLM: the plugin's entry point and its version guard.
+"""INT4 (NF4) for Voxtral Realtime in vLLM: the plugin's entry point and its version check.
 
-vLLM calls `register` in every one of its processes, whatever model it serves, through the
-entry-point group `vllm.general_plugins` (vllm/plugins/__init__.py).
+vLLM calls `register` in each of its processes, for every model, through the entry-point group
+`vllm.general_plugins` (vllm/plugins/__init__.py).
 """
 
 import functools
 import logging
 from importlib.metadata import PackageNotFoundError, version
+from typing import Any
 
 TESTED = {"vllm": "0.32.0", "vllm-bnb-plugin": "0.0.3"}
 
 
 def installed(name: str) -> str:
-    """Version of a distribution without its local part: "0.32.0+cpu" is "0.32.0"."""
+    """Return the version of a distribution without its local part: "0.32.0" for "0.32.0+cpu". "none": not installed."""
     try:
         found = version(name)
     except PackageNotFoundError:
         if name != "vllm":
             return "none"
-        from vllm import __version__ as found  # vLLM run from its sources has no metadata
+        from vllm import __version__ as found  # vLLM that runs from its sources has no metadata
     return found.partition("+")[0]
 
 
+def is_voxtral_realtime(config: Any) -> bool:
+    """Return whether a model is Voxtral Realtime in Mistral's format. `config`: ModelConfig or hf_config, or None.
+
+    vLLM sets this name when it reads params.json (vllm/transformers_utils/configs/mistral.py).
+    """
+    return "VoxtralRealtimeGeneration" in (getattr(config, "architectures", None) or [])
+
+
 def version_problem() -> str | None:
-    """One line saying what is wrong and what fixes it, or None."""
+    """Return one line with the wrong versions and the fix, or None if the versions are right."""
     found = {name: installed(name) for name in TESTED}
     if found == TESTED:
         return None
-    wanted, there = (", ".join(f"{name} {v}" for name, v in d.items()) for d in (TESTED, found))
-    return f"INT4 for Voxtral Realtime needs {wanted}, but finds {there}: run ./setup.sh to install them"
+    needed, there = (", ".join(f"{name} {v}" for name, v in d.items()) for d in (TESTED, found))
+    return f"INT4 for Voxtral Realtime needs {needed}, but finds {there}: run ./setup.sh to install them"
 
 
 @functools.cache  # vLLM may call it more than once in a process
 def register() -> None:
-    """Put the two subclasses in the place of vllm-bnb-plugin's classes.
+    """Replace vllm-bnb-plugin's two classes by subclasses. Never raises.
 
-    It never raises and checks no version: a server of another model, or without quantization,
-    must start with any version. The check comes when a Voxtral Realtime meets bitsandbytes.
+    The versions are not checked here, because a server of another model, or without quantization, must start with any
+    version. They are checked when Voxtral Realtime is loaded with bitsandbytes.
     """
     try:
         import vllm_bnb_plugin
 
-        # First, so that its own entry point, which vLLM may call later, finds its work done.
+        # First: vLLM may call that plugin's own entry point later, which then changes nothing.
         vllm_bnb_plugin.register()
         from vllm.model_executor.layers.quantization import register_quantization_config
         from vllm.model_executor.model_loader import register_model_loader

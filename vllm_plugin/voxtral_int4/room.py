@@ -1,7 +1,7 @@
-"""The server's log says in a sentence how many sessions fit.
+"""The server's log states in one sentence for how many sessions there is memory.
 
-vLLM prints, from vllm/v1/core/kv_cache_utils.py in the process of its engine, where the GPU's memory has
-been counted: "GPU KV cache size: 105,294 tokens, Maximum concurrency for 32,768 tokens per request: 3.21x".
+vLLM logs this line in the engine's process, from vllm/v1/core/kv_cache_utils.py:
+"GPU KV cache size: 105,294 tokens, Maximum concurrency for 32,768 tokens per request: 3.21x".
 """
 
 import logging
@@ -11,19 +11,19 @@ FRAME_MINUTES = 0.08 / 60  # one token of a realtime session is 80 ms of audio
 
 
 class Sentence(logging.Filter):
+    """Replaces vLLM's line by one in sessions and minutes. Other lines pass unchanged."""
+
     def filter(self, record: logging.LogRecord) -> bool:
         if record.msg == MESSAGE and len(record.args) == 4:
             device, tokens, length, sessions = record.args
             minutes = int(length.replace(",", "")) * FRAME_MINUTES
-            record.msg = (
-                "Room for %.1f sessions of %.0f minutes at once, or more that are shorter (%s KV cache: %s tokens)"
-            )
+            record.msg = "Memory for %.1f sessions of %.0f minutes at once, or more short ones (%s KV cache: %s tokens)"
             record.args = (sessions, minutes, device, tokens)
         return True
 
 
 def register() -> None:
-    """Called by vLLM in every process, through the entry point `voxtral_room` of vllm.general_plugins."""
+    """Install the filter. vLLM calls this in each process, through the entry point `voxtral_room`."""
     logger = logging.getLogger("vllm.v1.core.kv_cache_utils")
     if not any(isinstance(known, Sentence) for known in logger.filters):
         logger.addFilter(Sentence())

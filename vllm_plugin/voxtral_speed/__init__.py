@@ -1,12 +1,13 @@
-"""Sessions that stay fast: patches of vLLM 0.32.0 for the realtime path of Voxtral, each in a module of its own.
+"""Patches of vLLM 0.32.0 that keep realtime sessions of Voxtral fast. Each patch is a module.
 
-vLLM calls `register` in every one of its processes, through the entry point `voxtral_speed` of
-`vllm.general_plugins`. Each module says what vLLM does, what it costs, what the patch relies on and which upstream
-issue makes it needless. VOXTRAL_SPEED=0 turns all of them off, a list of names ("release,rows") all others, a list
-with minus signs ("-encode,-rows") those.
+vLLM calls `register` in each of its processes, through the entry point `voxtral_speed` of `vllm.general_plugins`.
+Each module states what vLLM does, what that costs, what the patch relies on, and which upstream change makes the patch
+unnecessary. VOXTRAL_SPEED=0 turns all patches off. A list of names ("release,rows") turns on only these patches. A list
+with minus signs ("-encode,-rows") turns off these patches.
 
-A patch looks at what it replaces. Where that is not what it was written for, it leaves vLLM as it is and says so in
-one line; with another version of vLLM all of them do. Other models and requests get vLLM's own code.
+A patch checks the source of the functions that it changes. If the source is not the expected one, the patch changes
+nothing and logs one line. With another version of vLLM no patch is applied. Other models and requests get vLLM's own
+code.
 """
 
 import functools
@@ -17,10 +18,11 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable
-from importlib.metadata import PackageNotFoundError, version
 
-VLLM = "0.32.0"
-# Patches of the process of scheduler and worker, and of the one that speaks with the clients.
+from voxtral_int4 import TESTED, installed
+
+VLLM = TESTED["vllm"]
+# Patches of the engine's processes (scheduler and worker), and of the API processes, which talk to the clients.
 ENGINE = ("blocks", "features", "release", "ended", "ahead", "rows", "encode", "tokens")
 SERVER = ("inputs", "ended", "ahead", "warmup")
 PATCHES = tuple(dict.fromkeys(ENGINE + SERVER))
@@ -29,11 +31,11 @@ logger = logging.getLogger("vllm.voxtral_speed")
 
 
 class Unexpected(Exception):
-    """vLLM is not what a patch was written for; the message says in what."""
+    """vLLM's source is not the one that a patch was written for. The message names the function."""
 
 
-def wanted(setting: str | None = None) -> list[str]:
-    """Return the names that VOXTRAL_SPEED (or `setting`) leaves on. Raises ValueError for an unknown name."""
+def enabled(setting: str | None = None) -> list[str]:
+    """Return the names of the patches that VOXTRAL_SPEED (or `setting`) leaves on. Raises ValueError: unknown name."""
     setting = os.environ.get("VOXTRAL_SPEED", "") if setting is None else setting
     names = setting.replace(",", " ").split()
     if names in ([], ["1"]):
@@ -50,12 +52,12 @@ def wanted(setting: str | None = None) -> list[str]:
 
 
 def active(name: str) -> bool:
-    """Whether a patch is on in this process, or one of the engine's would be in the engine's process."""
-    return name in _wanted_here() and name not in _stepped_aside
+    """Return whether a patch is on. In an API process, a patch of the engine counts as on if it is enabled."""
+    return name in _enabled_here() and name not in _off
 
 
 def expect(function: Callable, digest: str) -> None:
-    """Raise Unexpected where a function's source is not the one with this digest (see `source_digest`)."""
+    """Raise Unexpected if `source_digest` of a function or class is not `digest`."""
     try:
         found = source_digest(function)
     except (OSError, TypeError):
@@ -70,48 +72,44 @@ def source_digest(function: Callable) -> str:
 
 
 @functools.cache
-def _wanted_here() -> list[str]:
+def _enabled_here() -> list[str]:
     try:
-        installed = version("vllm").partition("+")[0]
-    except PackageNotFoundError:
-        from vllm import __version__ as installed  # vLLM run from its sources has no metadata
-    try:
-        names = wanted()
+        names = enabled()
     except ValueError as error:
-        logger.warning("%s: vLLM stays as it is", error)
+        logger.warning("%s: all speed patches are off", error)
         return []
-    if names and installed != VLLM:
-        logger.warning("the speed patches know vLLM %s, not %s: vLLM stays as it is", VLLM, installed)
+    if names and (found := installed("vllm")) != VLLM:
+        logger.warning("all speed patches are off: they support vLLM %s, not %s", VLLM, found)
         return []
     return names
 
 
-_stepped_aside: dict[str, str] = {}  # name of a patch: why it is not on
+_off: set[str] = set()  # names of patches that could not be applied
 
 
-def step_aside(name: str, reason: object) -> None:
-    """Book that a patch leaves vLLM as it is, and say so once."""
-    if name not in _stepped_aside:
-        _stepped_aside[name] = str(reason)
+def turn_off(name: str, reason: object) -> None:
+    """Record that a patch is off. Log the reason once."""
+    if name not in _off:
+        _off.add(name)
         logger.warning("speed patch %s is off: %s", name, reason)
 
 
 @functools.cache  # vLLM may call it more than once in a process
 def register() -> None:
-    """Apply the patches of this process. Never raises: a server without them is slower, but serves.
+    """Apply the patches of this process. Never raises: a server without patches is slower, but works.
 
-    vLLM calls the processes of its engines EngineCore, those of more than one server ApiServer_0, ApiServer_1.
+    vLLM names the processes of its engines EngineCore. It names several API processes ApiServer_0, ApiServer_1, ...
     """
     in_engine = not multiprocessing.current_process().name.startswith(("MainProcess", "ApiServer"))
     on = []
-    for name in _wanted_here():
+    for name in _enabled_here():
         if name not in (ENGINE if in_engine else SERVER):
             continue
         try:
             module = importlib.import_module(f"voxtral_speed.{name}")
             if (module.apply_to_engine if in_engine else module.apply_to_server)() is not False:
                 on.append(name)
-        except Exception as error:  # also for what nobody thought of: the server must serve
-            step_aside(name, error)
+        except Exception as error:  # also unforeseen errors: the server must start
+            turn_off(name, error)
     if on and in_engine:
         logger.info("Speed patches: %s", ", ".join(on))

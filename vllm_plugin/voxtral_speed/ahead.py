@@ -1,16 +1,16 @@
-"""Frames go to the engine as their audio comes, without waiting for the token of the frame before.
+"""Frames go to the engine when their audio arrives, without waiting for the token of the previous frame.
 
-vLLM: the prompt of a frame is the token that the engine made of the frame before. The API process waits for it,
-makes it part of the next frame's request and sends it back: while it does, the engine has nothing to do for this
+vLLM: the prompt of a frame is the token that the engine computed from the previous frame. The API process waits for
+this token, puts it into the next frame's request, and sends it back. During that time the engine has no work for this
 session.
-Cost: a round trip through the API process for each frame, one after the other for all sessions: half the time of a
-step with 64 unpaced sessions. A frame's output that the API process has not taken when the next one comes would be
-merged with it, and one delta would be two frames: a session's outputs are queued in its place.
-Relies on: the engine knowing that token itself (`_update_request_as_session` throws it away to take the same one
-from the request); queues of frames in scheduler and API process, which are vLLM's own (`streaming_queue`,
-`input_chunk_queue`). Both halves look at the same functions, so that both are on or neither is. The text is the
-same.
-Needless with: realtime models that feed their tokens back in the engine (no issue known).
+Cost: one round trip through the API process for each frame, and the API process handles all sessions in turn: half of
+the time of a step with 64 unpaced sessions.
+Here: up to AHEAD frames of a session are in the engine. vLLM merges an output with the next one if the API process has
+not read it yet. One delta would then be two frames, so the outputs of a session are queued instead.
+Relies on: the engine knows the token (`_update_request_as_session` replaces it by the same token from the request);
+vLLM's queues of frames in the scheduler (`streaming_queue`) and in the API process (`input_chunk_queue`). The parts for
+engine and API process check the same functions, so that both are on or both are off. The text does not change.
+Unnecessary with: realtime models whose tokens are fed back in the engine (no issue known).
 """
 
 import asyncio
@@ -19,10 +19,8 @@ from collections import deque
 from . import expect
 from .frames import Frames, mark_sessions
 
-UPDATE_SESSION, BUFFER, INPUT_STREAM, CONNECTION = "82a6f2d15293", "0f8dfd4d0b88", "ea57901a276f", "5cf55d3a1b26"
-ADD_STREAMING, COLLECTOR = "0c7d0fd89495", "312eb6353707"
-AHEAD = 4  # frames of a session in the engine at most: enough to keep it busy, little to throw away when it ends
-ANY = 0  # a token that stands for the one that the engine knows
+AHEAD = 4  # most frames of a session in the engine: enough to keep it busy, and few to discard when the session ends
+ANY = 0  # placeholder for the token that the engine knows
 
 
 def check() -> None:
@@ -31,14 +29,14 @@ def check() -> None:
     from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeBuffer, VoxtralRealtimeGeneration
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    expect(Scheduler._update_request_as_session, UPDATE_SESSION)
-    expect(VoxtralRealtimeGeneration.buffer_realtime_audio.__func__, BUFFER)
-    expect(VoxtralRealtimeBuffer.get_input_stream, INPUT_STREAM)
-    expect(RealtimeConnection._run_generation, CONNECTION)
+    expect(Scheduler._update_request_as_session, "82a6f2d15293")
+    expect(VoxtralRealtimeGeneration.buffer_realtime_audio.__func__, "0f8dfd4d0b88")
+    expect(VoxtralRealtimeBuffer.get_input_stream, "ea57901a276f")
+    expect(RealtimeConnection._run_generation, "5cf55d3a1b26")
 
 
 def apply_to_engine() -> None:
-    """Put the token of the frame before into each frame. Raises Unexpected."""
+    """Put the token of the previous frame into each frame. Raises Unexpected."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
     check()
@@ -56,14 +54,14 @@ def apply_to_engine() -> None:
 
 
 def apply_to_server() -> None:
-    """Let each session be some frames ahead of its tokens. Raises Unexpected."""
+    """Let each session send up to AHEAD frames before their tokens arrive. Raises Unexpected."""
     from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeGeneration
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
     check()
-    expect(AsyncLLM._add_streaming_input_request, ADD_STREAMING)
-    expect(RequestOutputCollector, COLLECTOR)
+    expect(AsyncLLM._add_streaming_input_request, "0c7d0fd89495")
+    expect(RequestOutputCollector, "312eb6353707")
     buffer_audio = VoxtralRealtimeGeneration.buffer_realtime_audio.__func__
 
     async def buffer_ahead(cls, audio_stream, input_stream, model_config):
@@ -105,16 +103,16 @@ def apply_to_server() -> None:
 
 
 class Credit:
-    """In the place of the queue of a session's tokens: gives one for a frame as soon as the frame may be sent.
+    """Replaces the queue of a session's tokens: it returns a placeholder when the next frame may be sent.
 
-    The second frame waits for the first token, by which vLLM's connection counts the tokens of the prompt.
+    The second frame waits for the first token, because vLLM's connection then counts the tokens of the prompt.
     """
 
     def __init__(self, tokens: asyncio.Queue[list[int]]):
         self._tokens, self._free = tokens, None
 
     async def get(self) -> list[int]:
-        """Return what stands for a token; waits where AHEAD frames are in the engine."""
+        """Return [ANY]. Wait while AHEAD frames are in the engine."""
         if self._free:
             self._free -= 1
         else:

@@ -1,21 +1,20 @@
 """The mel spectrogram and the two convolutions are computed for all frames of a step at once, on a GPU as one graph.
 
-vLLM: `VoxtralRealtimeGeneration.embed_multimodal` does it for one frame after the other, some 28 small kernels each,
-and puts the results into a cache, from which they are gathered one by one for the same step.
-Cost: 0.12 to 0.18 ms a session and step; a third of the engine's main thread with 32 live streams on an H100.
-Without the graph and with the cache, still a fifth with 128.
-Relies on: frames of equal length, which are all but a session's first (those of another length make a batch of their
-own); on a GPU, where every request of a step is one frame of a session, also on a frame that is used in the step
-that encodes it, which `release` and `ended` see to.
-Needless with: a batched `embed_multimodal` in vLLM (no issue known).
+vLLM: `VoxtralRealtimeGeneration.embed_multimodal` handles one frame after the other, with about 28 small kernels each.
+It puts the results into a cache, from which the same step gathers them one by one.
+Cost: 0.12 to 0.18 ms a session and step, a third of the engine's main thread with 32 live streams on an H100. As a
+batch without the graph and with the cache it is a fifth with 128 streams.
+Relies on: frames of equal length. All frames but a session's first have it; frames of another length are a separate
+batch. If each request of a step on a GPU is one frame of a session, the frame is written directly into the model's
+input. That relies on a frame being used in the step that encodes it, which `release` and `ended` ensure.
+Unnecessary with: a batched `embed_multimodal` in vLLM (no issue known).
 """
 
-from . import active, expect, logger
-from .frames import is_voxtral_realtime
+from voxtral_int4 import is_voxtral_realtime
 
-EMBED, MELSPEC, CONV = "f90a7704ed77", "48e3cfb17880", "ffaf5c13b146"
-PREPARE, CAPTURE = "46f7bf9ab2a9", "bad5e0346103"
-IN_FLIGHT = 4  # copies to the GPU that may be under way; vLLM has two steps in flight at most
+from . import active, expect, logger
+
+IN_FLIGHT = 4  # copies to the GPU that may run at once; vLLM has at most two steps in flight
 
 
 def apply_to_engine() -> None:
@@ -25,9 +24,9 @@ def apply_to_engine() -> None:
     from vllm.model_executor.models.whisper_causal import WhisperCausalEncoder
     from vllm.platforms import current_platform
 
-    expect(VoxtralRealtimeGeneration.embed_multimodal, EMBED)
-    expect(VoxtralEncoderModel.compute_whisper_melspec, MELSPEC)
-    expect(WhisperCausalEncoder.forward_conv, CONV)
+    expect(VoxtralRealtimeGeneration.embed_multimodal, "f90a7704ed77")
+    expect(VoxtralEncoderModel.compute_whisper_melspec, "48e3cfb17880")
+    expect(WhisperCausalEncoder.forward_conv, "ffaf5c13b146")
     embed = VoxtralRealtimeGeneration.embed_multimodal
 
     def embed_multimodal(self, **kwargs):
@@ -43,9 +42,8 @@ def apply_to_engine() -> None:
         for number, frame in enumerate(audio):
             lengths.setdefault(len(frame), []).append(number)
         for numbers in lengths.values():
-            for number, tokens in zip(
-                numbers, embed_batch(self, torch.stack([audio[n] for n in numbers])), strict=True
-            ):
+            batch = embed_batch(self, torch.stack([audio[number] for number in numbers]))
+            for number, tokens in zip(numbers, batch, strict=True):
                 embedded[number] = tokens
         return embedded
 
@@ -55,7 +53,7 @@ def apply_to_engine() -> None:
 
 
 def embed_batch(model, audio):
-    """Embed `audio`, (frames, samples), as (frames, tokens, width)."""
+    """Return the embeddings of `audio`, (frames, samples), as (frames, tokens, width)."""
     from torch.nn.functional import gelu
 
     whisper = model.whisper_encoder
@@ -70,12 +68,12 @@ def embed_batch(model, audio):
 
 
 def encode_on_gpu() -> None:
-    """Have a step of single frames encoded straight into the model's input. Raises Unexpected."""
+    """Encode steps of single frames directly into the model's input. Raises Unexpected."""
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    expect(DefaultModelState.prepare_inputs_embeds, PREPARE)
-    expect(GPUModelRunner.capture_model, CAPTURE)
+    expect(DefaultModelState.prepare_inputs_embeds, "46f7bf9ab2a9")
+    expect(GPUModelRunner.capture_model, "bad5e0346103")
     prepare, capture = DefaultModelState.prepare_inputs_embeds, GPUModelRunner.capture_model
 
     def prepare_directly(self, scheduled_encoder_inputs, input_batch, req_states):
@@ -98,34 +96,31 @@ def encode_on_gpu() -> None:
 
 
 def single_frames(features: dict, scheduled: dict[str, list[int]], batch) -> list | None:
-    """Return the audio of each request of a step, in the batch's order, if each is one new frame of one length."""
+    """Return the audio of a step's requests, one tensor (samples,) each, in the batch's order.
+
+    Return None if a request is not exactly one new frame, or if the frames differ in length.
+    """
     if not len(scheduled) == len(batch.req_ids) == batch.num_tokens:
         return None
-    audio, length = [], None
-    for request in batch.req_ids:
-        numbers = scheduled.get(request)
-        if numbers is None or len(numbers) != 1:
-            return None
-        data = features[request][numbers[0]].data
-        if data is None:
-            return None
-        frame = data["audio_arrays"].data
-        if length is not None and len(frame) != length:
-            return None
-        length = len(frame)
-        audio.append(frame)
-    return audio
+    numbers = [scheduled.get(request, ()) for request in batch.req_ids]
+    if any(len(new) != 1 for new in numbers):
+        return None
+    data = [features[request][number].data for request, (number,) in zip(batch.req_ids, numbers, strict=True)]
+    if any(item is None for item in data):
+        return None
+    audio = [item["audio_arrays"].data for item in data]
+    return audio if len({len(frame) for frame in audio}) == 1 else None
 
 
 class FrameEncoder:
     """Mel and convolutions of up to `most` frames, captured as CUDA graphs."""
 
     def __init__(self, model, most: int, device):
-        """Capture a graph for each size of batch; takes some 20 ms each."""
+        """Capture a graph for each size of batch, which takes about 20 ms."""
         import torch
 
         audio = model.audio_config
-        # A frame is 80 ms of audio with what streaming looks back and ahead.
+        # A frame is 80 ms of audio plus the look-back and look-ahead of streaming.
         milliseconds = 1000 / audio.frame_rate + audio.streaming_look_back_ms + audio.streaming_look_ahead_ms
         self.samples = round(audio.sampling_rate * milliseconds / 1000)
         dtype = model.whisper_encoder.dtype
@@ -139,7 +134,7 @@ class FrameEncoder:
                 stream = torch.cuda.Stream(device)
                 stream.wait_stream(torch.cuda.current_stream(device))
                 with torch.cuda.stream(stream):
-                    for _ in range(2):  # plans of the Fourier transform and the convolutions are made outside the graph
+                    for _ in range(2):  # plans of the Fourier transform and convolutions are made outside the graph
                         embed_batch(model, self._input[:size])
                 torch.cuda.current_stream(device).wait_stream(stream)
                 graph = torch.cuda.CUDAGraph()
@@ -150,7 +145,7 @@ class FrameEncoder:
         logger.info("Captured %d graphs of mel and convolutions", len(self._graphs))
 
     def __call__(self, audio: list):
-        """Return the embeddings of `audio`, a tensor of `samples` on the CPU a frame, as (frames, width)."""
+        """Return the embeddings (frames, width) of `audio`: for each frame a tensor (samples,) on the CPU."""
         import torch
 
         count = len(audio)

@@ -1,14 +1,18 @@
-"""A session for which there is no memory ends with an `error` event, from which clients go on in a new session.
+"""A session for which there is no memory ends with an `error` event. Its client continues in a new session.
 
-vLLM: when the KV cache is full, (1) a session that waits for a block blocks all that stand behind it, for ever and
-in silence, because sessions give blocks back only when they end; (2) a running request may be preempted: its blocks
-go, and it is computed anew later, from audio that `release` has freed, which would end the engine ("Encoder cache
-miss"). And (3) the API process takes the error of a session for the end of a frame, and waits for ever.
-Here: (1) the session with the fewest frames ends, so that the others come to their end; its client goes on in a new
-one, which begins small. A newcomer is told that the server is busy. (2) A preempted session that has lost audio
-ends. (3) The error reaches the client.
-Relies on: `update_from_output` after each `schedule`, which hands the ends over to the API process.
-Needless with: vllm#49439 for (1), 0.33.0 for (3).
+vLLM, when the KV cache is full:
+(1) A session that waits for a block blocks all sessions behind it, forever and without a message, because sessions
+    free their blocks only when they end.
+(2) A running request may be preempted: vLLM frees its blocks and computes it again later. `release` has freed its
+    audio, so the engine would fail ("Encoder cache miss").
+(3) The API process treats the error of a session as the end of a frame, and waits forever.
+Here:
+(1) The session with the fewest frames ends, so that the others can finish. Its client continues in a new session, which
+    is small at first. A new session gets the error that the server is busy.
+(2) A preempted session that has lost audio ends.
+(3) The error reaches the client.
+Relies on: vLLM calls `update_from_output` after each `schedule`. It passes the ended sessions to the API process.
+Unnecessary with: vllm#49439 for (1), 0.33.0 for (3).
 """
 
 import functools
@@ -17,16 +21,14 @@ from http import HTTPStatus
 from . import expect
 from .frames import Frames, mark_sessions
 
-SCHEDULE, PREEMPT, UPDATE = "da4f2cf2fc39", "4113f5de8a84", "85b29db96051"
-PROCESS, FINISH = "9e116796002e", "976ff7fc6fd7"
-BUSY, FULL = "voxtral: no room for a new session", "voxtral: no room for this session any more"
+BUSY, FULL = "voxtral: no memory for a new session", "voxtral: no memory left for this session"
 MESSAGES = {
     BUSY: "The engine is currently busy: its memory for sessions is full.",
     FULL: "The session was ended, because the memory for sessions is full: go on in a new one.",
 }
 
 
-@functools.cache  # `release` asks for it too
+@functools.cache  # `release` calls it too
 def apply_to_engine() -> None:
     """Raises Unexpected."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
@@ -34,9 +36,9 @@ def apply_to_engine() -> None:
     from vllm.v1.engine import EngineCoreOutput, EngineCoreOutputs
     from vllm.v1.request import RequestStatus
 
-    expect(Scheduler.schedule, SCHEDULE)
-    expect(Scheduler._preempt_request, PREEMPT)
-    expect(Scheduler.update_from_output, UPDATE)
+    expect(Scheduler.schedule, "da4f2cf2fc39")
+    expect(Scheduler._preempt_request, "4113f5de8a84")
+    expect(Scheduler.update_from_output, "85b29db96051")
     mark_sessions()
     schedule, preempt, update = Scheduler.schedule, Scheduler._preempt_request, Scheduler.update_from_output
     allocate = KVCacheManager.allocate_slots
@@ -64,7 +66,7 @@ def apply_to_engine() -> None:
         if refused is None or type(refused.mm_features) is not Frames or refused.is_finished():
             return output
         if getattr(self, "deferred_frees", None):
-            return output  # blocks are on their way
+            return output  # blocks will be freed soon
         if refused.num_computed_tokens == 0:
             end(self, refused, BUSY)
         else:
@@ -77,11 +79,11 @@ def apply_to_engine() -> None:
         if type(request.mm_features) is Frames:
             self.__dict__.setdefault("preempted_sessions", []).append(request)
 
-    def update_and_tell(self, *args, **kwargs):
+    def update_and_report(self, *args, **kwargs):
         outputs = update(self, *args, **kwargs)
         for request, reason in self.__dict__.pop("ended_sessions", ()):
-            told = outputs.setdefault(request.client_index, EngineCoreOutputs())
-            told.outputs.append(
+            of_client = outputs.setdefault(request.client_index, EngineCoreOutputs())
+            of_client.outputs.append(
                 EngineCoreOutput(
                     request_id=request.request_id,
                     new_token_ids=[],
@@ -93,7 +95,7 @@ def apply_to_engine() -> None:
 
     KVCacheManager.allocate_slots = allocate_and_note
     Scheduler.schedule, Scheduler._preempt_request = schedule_and_end, preempt_and_note
-    Scheduler.update_from_output = update_and_tell
+    Scheduler.update_from_output = update_and_report
 
 
 def apply_to_server() -> None:
@@ -102,12 +104,12 @@ def apply_to_server() -> None:
     from vllm.v1.engine import FinishReason
     from vllm.v1.engine.output_processor import OutputProcessor
 
-    expect(OutputProcessor.process_outputs, PROCESS)
-    expect(OutputProcessor._finish_request, FINISH)
+    expect(OutputProcessor.process_outputs, "9e116796002e")
+    expect(OutputProcessor._finish_request, "976ff7fc6fd7")
     process = OutputProcessor.process_outputs
 
     def process_and_raise(self, engine_core_outputs, *args, **kwargs):
-        failed = [o for o in engine_core_outputs if o.finish_reason is FinishReason.ERROR and self._is_session(o)]
+        failed = [o for o in engine_core_outputs if o.finish_reason is FinishReason.ERROR and is_session(self, o)]
         for output in failed:
             state = self.request_states[output.request_id]
             self._finish_request(state)
@@ -117,9 +119,8 @@ def apply_to_server() -> None:
             engine_core_outputs = [o for o in engine_core_outputs if o not in failed]
         return process(self, engine_core_outputs, *args, **kwargs)
 
-    def is_session(self, output) -> bool:
-        state = self.request_states.get(output.request_id)
+    def is_session(processor, output) -> bool:
+        state = processor.request_states.get(output.request_id)
         return state is not None and state.streaming_input and state.queue is not None
 
-    OutputProcessor._is_session = is_session
     OutputProcessor.process_outputs = process_and_raise

@@ -1,18 +1,16 @@
-"""A session's list of frames goes to the worker as it is.
+"""The worker gets a session's list of frames itself, not a copy.
 
-vLLM: for each frame `NewRequestData.from_request` calls `strip_covered_mm_data` (vllm/multimodal/utils.py), which
-builds a new list of all the session's frames so far, with a copy of each that is in the KV cache already.
-Cost: 0.85 to 2 µs a frame of the session, in every step: 34 ms at 44 minutes, 120 ms with eight sessions of 10
+vLLM: for each frame, `NewRequestData.from_request` calls `strip_covered_mm_data` (vllm/multimodal/utils.py). It builds
+a new list of all frames of the session, with a copy of each frame that is already in the KV cache.
+Cost: 0.85 to 2 µs for each frame of the session, in every step: 34 ms at 44 minutes, 120 ms with eight sessions of 10
 minutes.
-Relies on: the worker in the scheduler's process (else the list would be pickled, and stripping it is right), and
-workers that only read the list.
-Needless with: a fix of vllm#58324. It came with vllm#52041, and is in 0.33.0 too.
+Relies on: a worker in the scheduler's process that only reads the list. For a worker in another process the list is
+pickled, and stripping it is right: the patch is then off. serve.sh chooses the executor `uni` for this reason.
+Unnecessary with: a fix of vllm#58324. The fault came with vllm#52041, and is in 0.33.0 too.
 """
 
-from . import expect, step_aside
-from .frames import Frames, mark_sessions, worker_shares_memory
-
-STRIP, INIT = "60c43fcae113", "c02680245672"
+from . import expect, turn_off
+from .frames import Frames, mark_sessions
 
 
 def apply_to_engine() -> None:
@@ -21,7 +19,8 @@ def apply_to_engine() -> None:
     from vllm.v1.core.sched.scheduler import Scheduler
 
     strip, init = output.strip_covered_mm_data, Scheduler.__init__
-    expect(strip, STRIP)
+    expect(strip, "60c43fcae113")
+    expect(init, "c02680245672")
     mark_sessions()
 
     def strip_others(features, num_computed_tokens, uses_mrope=False):
@@ -30,10 +29,11 @@ def apply_to_engine() -> None:
         return strip(features, num_computed_tokens, uses_mrope=uses_mrope)
 
     def patch_if_shared(self, vllm_config, *args, **kwargs):
-        if worker_shares_memory(vllm_config):
+        parallel = vllm_config.parallel_config
+        if parallel.distributed_executor_backend == "uni" and parallel.world_size == 1:
             output.strip_covered_mm_data = strip_others
         else:
-            step_aside("features", "the worker runs in a process of its own")
+            turn_off("features", "the worker runs in its own process")
         init(self, vllm_config, *args, **kwargs)
 
     Scheduler.__init__ = patch_if_shared

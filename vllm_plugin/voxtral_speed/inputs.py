@@ -1,20 +1,19 @@
 """A frame's input for the engine is built directly.
 
-vLLM: each frame goes through the whole multimodal processor (tokens, Hugging Face's processor, hashes,
+vLLM: each frame passes through the complete multimodal processor (tokens, Hugging Face's processor, hashes,
 placeholders), in one thread for all sessions.
 Cost: 0.39 ms a frame, 80 % of the API process's work.
-Relies on: what the processor makes of a frame, which is its samples in the model's dtype and one placeholder over
-all its tokens (`VoxtralRealtimeMultiModalProcessor`). Numbers and tokens are the same bit for bit. Identifiers are a
-running number in place of a hash of the audio, so equal frames (silence) are computed each for itself.
-Needless with: vllm#44364.
+Relies on: the processor's output for a frame is its samples in the model's dtype and one placeholder for all its tokens
+(`VoxtralRealtimeMultiModalProcessor`). Samples and tokens are the same bit for bit. Identifiers are sequence numbers,
+not hashes of the audio, so each of several equal frames (silence) is computed.
+Unnecessary with: vllm#44364.
 """
 
 import uuid
 
-from . import expect
-from .frames import is_voxtral_realtime
+from voxtral_int4 import is_voxtral_realtime
 
-TRANSCRIBE = "ab4b39ac28d3"
+from . import expect
 
 
 def apply_to_server() -> None:
@@ -25,7 +24,7 @@ def apply_to_server() -> None:
     from vllm.multimodal import inputs
 
     realtime = serving.OpenAIServingRealtime
-    expect(realtime.transcribe_realtime, TRANSCRIBE)
+    expect(realtime.transcribe_realtime, "ab4b39ac28d3")
     transcribe, field = realtime.transcribe_realtime, inputs.MultiModalBatchedField()
 
     async def transcribe_directly(self, audio_stream, input_stream):

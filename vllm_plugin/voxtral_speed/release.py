@@ -1,18 +1,16 @@
-"""A frame's audio, and its encoder output on the GPU, are freed as soon as the frame is in the KV cache.
+"""A frame's audio and its encoder output on the GPU are freed as soon as the frame is in the KV cache.
 
-vLLM: keeps the audio of every frame in `Request.mm_features` until the session ends, and the encoder's output until
-the encoder cache (32,768 embeddings) is full: what was freed there is only made available.
-Cost: 3 MiB of host memory a minute and session, and up to 480 MiB on the GPU that nothing reserves at the start.
-Relies on: a session that is never computed anew. vLLM does that to a request it preempts: `ended` ends such a
-session. Without prefix caching a spent frame keeps only its position (`Spent`); with it, its identifier too, which
-block hashes need.
-Needless with: vllm#50871.
+vLLM: it keeps the audio of every frame in `Request.mm_features` until the session ends. It keeps the encoder's output
+until the encoder cache (32,768 embeddings) is full: a freed output only becomes available for replacement.
+Cost: 3 MiB of host memory a minute and session, and up to 480 MiB on the GPU that are not reserved at the start.
+Relies on: a session is never computed again. vLLM computes a preempted request again: `ended` ends such a session.
+Without prefix caching a spent frame keeps only its position (`Spent`). With it the frame also keeps its identifier,
+which block hashes need.
+Unnecessary with: vllm#50871.
 """
 
 from . import ended, expect
 from .frames import Frames, Spent, mark_sessions
-
-FREE, FREE_ENCODER_INPUT = "d015877ed844", "221235ce752d"
 
 
 def apply_to_engine() -> None:
@@ -20,8 +18,8 @@ def apply_to_engine() -> None:
     from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    expect(Scheduler._free_encoder_input, FREE)
-    expect(EncoderCacheManager.free_encoder_input, FREE_ENCODER_INPUT)
+    expect(Scheduler._free_encoder_input, "d015877ed844")
+    expect(EncoderCacheManager.free_encoder_input, "221235ce752d")
     mark_sessions()
     ended.apply_to_engine()
     free = Scheduler._free_encoder_input
@@ -43,7 +41,7 @@ def apply_to_engine() -> None:
 
 
 def forget_encoder_output(cache, identifier: str) -> None:
-    """Have the worker drop an encoder output that no request refers to."""
+    """Make the worker free an encoder output that no request uses."""
     if cache.cached.get(identifier) or identifier not in cache.freeable:
         return
     size = cache.freeable.pop(identifier)

@@ -1,27 +1,24 @@
-"""A session keeps its row in the worker's tables on the GPU, and only what is new is written into it.
+"""A session keeps its row in the worker's tables on the GPU. Only new data is written into the row.
 
-vLLM (model runner V2, v1/worker/gpu/): a frame arrives as a new request. `add_requests` takes the session's row
-away, gives it back, and stages all its tokens and block numbers and its sampling parameters anew, one session after
-the other.
-Cost: 0.14 ms a session and step after 10 minutes, 0.5 ms after 44; about 50 µs even at the beginning: 12 % of the
+vLLM (model runner V2, v1/worker/gpu/): a frame arrives as a new request. `add_requests` frees the session's row,
+allocates one again, and stages all its tokens, block numbers and sampling parameters again, one session after the
+other.
+Cost: 0.14 ms a session and step after 10 minutes, 0.5 ms after 44 minutes, about 50 µs at the beginning: 12 % of the
 engine's main thread with 48 live streams.
-Relies on: the same request in the same row, whose earlier tokens and blocks are there; sampling parameters that do
-not change within a session (the realtime endpoint has one set); none of the features that keep more state for a
-request (LoRA, pooling, M-RoPE, prompt embeddings, prompt logprobs, pipeline parallelism, trace replay, elastic
-expert parallelism).
-Needless with: an update of streaming requests in place in vLLM (no issue known).
+Relies on: the request keeps its row, which holds its earlier tokens and blocks; the sampling parameters of a session do
+not change (the realtime endpoint has one set); no feature is on that keeps more state for a request (LoRA, pooling,
+M-RoPE, prompt embeddings, prompt logprobs, pipeline parallelism, trace replay, elastic expert parallelism).
+Unnecessary with: an update of streaming requests in place in vLLM (no issue known).
 """
 
 from types import SimpleNamespace
 
-from . import expect, step_aside
+from . import expect, turn_off
 from .frames import Frames, mark_sessions
-
-ADD_REQUESTS, ADD_STATE, APPEND_BLOCKS, SAMPLER_ADD = "8321187d017e", "7feb34eb03ec", "93b3f2aae948", "91f708bafa77"
 
 
 def apply_to_engine() -> bool | None:
-    """Raises Unexpected. Returns False on a CPU, which has model runner V1."""
+    """Return False on a CPU, which uses model runner V1. Raises Unexpected."""
     from vllm.platforms import current_platform
 
     if current_platform.is_cpu():
@@ -31,10 +28,10 @@ def apply_to_engine() -> bool | None:
     from vllm.v1.worker.gpu.sample.sampler import Sampler
     from vllm.v1.worker.gpu.states import RequestState
 
-    expect(GPUModelRunner.add_requests, ADD_REQUESTS)
-    expect(RequestState.add_request, ADD_STATE)
-    expect(BlockTables.append_block_ids, APPEND_BLOCKS)
-    expect(Sampler.add_request, SAMPLER_ADD)
+    expect(GPUModelRunner.add_requests, "8321187d017e")
+    expect(RequestState.add_request, "7feb34eb03ec")
+    expect(BlockTables.append_block_ids, "93b3f2aae948")
+    expect(Sampler.add_request, "91f708bafa77")
     mark_sessions()
     add_requests = GPUModelRunner.add_requests
 
@@ -43,7 +40,7 @@ def apply_to_engine() -> bool | None:
         if usual is None:
             usual = self.keeps_rows = not keeps_more_state(self)
             if not usual:
-                step_aside("rows", "the worker keeps more state for a request")
+                turn_off("rows", "the worker keeps more state for a request")
         new = scheduler_output.scheduled_new_reqs
         going = [request for request in new if goes_on(self, request)] if usual else []
         if not going:
@@ -61,7 +58,7 @@ def apply_to_engine() -> bool | None:
 
 
 def keeps_more_state(runner) -> bool:
-    """Whether a request has state in the worker that this patch does not know."""
+    """Return whether a request has state in the worker that this patch does not handle."""
     state = runner.model_state
     return bool(
         runner.adaptive_verification is not None
@@ -78,12 +75,12 @@ def keeps_more_state(runner) -> bool:
 
 
 def goes_on(runner, request) -> bool:
-    """Whether a request is the next frame of a session that has a row with all that came before."""
+    """Return whether a request is the next frame of a session whose row holds all earlier frames."""
     row = runner.req_states.req_id_to_index.get(request.req_id)
     if row is None or type(request.mm_features) is not Frames:
         return False
     computed = request.num_computed_tokens
-    # What is computed must have been staged before; blocks may only have become more.
+    # Computed tokens must have been staged before. The number of blocks may only have grown.
     if not 0 < computed <= runner.req_states.prefill_len.np[row]:
         return False
     counts = runner.block_tables.num_blocks.np[:, row]
@@ -91,7 +88,7 @@ def goes_on(runner, request) -> bool:
 
 
 def continue_sessions(runner, requests: list) -> None:
-    """Stage what is new of sessions that go on."""
+    """Stage the new tokens and blocks of sessions that go on."""
     states, tables = runner.req_states, runner.block_tables
     rows = [states.req_id_to_index[request.req_id] for request in requests]
     computed = [request.num_computed_tokens for request in requests]

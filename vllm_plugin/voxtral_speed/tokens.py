@@ -1,12 +1,9 @@
-"""A session's tokens are kept as an array in the worker on a CPU, in place of converting the whole list for each
-frame.
+"""The worker on a CPU keeps a session's tokens as an array, and does not convert the complete list for each frame.
 
-vLLM (model runner V1, which serves on CPUs): `InputBatch.add_request` copies all tokens of the session from a Python
-list.
-Cost: 0.46 ms a session and frame after 44 minutes; as an array it is a copy of 128 KiB, some µs.
-Relies on: a list of tokens that only grows, and readers of `CachedRequestState.prompt_token_ids` that take any
-sequence.
-Needless with: model runner V2 on CPUs.
+vLLM (model runner V1, which CPUs use): `InputBatch.add_request` copies all tokens of the session from a Python list.
+Cost: 0.46 ms a session and frame after 44 minutes. From an array it is a copy of 128 KiB, which takes some µs.
+Relies on: the list of tokens only grows; the readers of `CachedRequestState.prompt_token_ids` accept any sequence.
+Unnecessary with: model runner V2 on CPUs.
 """
 
 import numpy as np
@@ -14,11 +11,9 @@ import numpy as np
 from . import expect
 from .frames import Frames, mark_sessions
 
-UPDATE_STREAMING, ADD_REQUEST = "8d44859eaaec", "33b3f53b9b19"
-
 
 def apply_to_engine() -> bool | None:
-    """Raises Unexpected. Returns False where there is a GPU, which has model runner V2."""
+    """Return False on a GPU, which uses model runner V2. Raises Unexpected."""
     from vllm.platforms import current_platform
 
     if not current_platform.is_cpu():
@@ -26,8 +21,8 @@ def apply_to_engine() -> bool | None:
     from vllm.v1.worker.gpu_input_batch import InputBatch
     from vllm.v1.worker.gpu_model_runner import GPUModelRunner
 
-    expect(GPUModelRunner._update_streaming_request, UPDATE_STREAMING)
-    expect(InputBatch.add_request, ADD_REQUEST)
+    expect(GPUModelRunner._update_streaming_request, "8d44859eaaec")
+    expect(InputBatch.add_request, "33b3f53b9b19")
     mark_sessions()
     update = GPUModelRunner._update_streaming_request
 
@@ -50,7 +45,7 @@ class Tokens:
         self._array, self._count = np.empty(1024, np.int32), 0
 
     def follow(self, tokens: list[int]) -> np.ndarray:
-        """Return `tokens`, which begins with what it was the last time, as int32."""
+        """Return `tokens` as int32, shape (tokens,). It must begin with the tokens of the last call."""
         if len(tokens) > len(self._array):
             self._array = np.resize(self._array, 2 * len(tokens))
         self._array[self._count : len(tokens)] = tokens[self._count :]

@@ -1,1 +1,1 @@
-"""The browser's way in: the captions page, and the guard of the WebSocket. See `page` and `guard`."""
+"""What the server adds to vLLM's HTTP: the captions page (`page`), uploads (`upload`), access control (`guard`)."""

@@ -1,19 +1,18 @@
-"""Who gets in, and how much they may ask for. An ASGI middleware: `vllm serve --middleware voxtral_web.guard.Guard`.
+"""Access control and limits. An ASGI middleware: `vllm serve --middleware voxtral_web.guard.Guard`.
 
-vLLM puts it outside its own authentication (vllm/entrypoints/serve/middleware/register.py). PROTOCOL.md,
-"Getting in" and "Limits", is its specification. It does what vLLM leaves out:
+vLLM runs it before its own authentication (vllm/entrypoints/serve/middleware/register.py). The specification is in
+PROTOCOL.md, "Getting in" and "Limits". The guard adds what vLLM does not have:
 
-- **Routes.** vLLM mounts some forty routes, and asks for the key only below /v1, /v2, /inference and
-  /cohere (its middleware/authenticate.py). Only ROUTES are let through, whether there is a key or not.
-- **Pages of other sites.** A browser lets any web page send requests to any server, localhost included,
-  and says in `Origin` which page it is. One that comes from elsewhere than this server gets HTTP 403. Whoever owns
-  a domain can point it at this server (DNS rebinding) and so make `Host` and `Origin` agree: `Host` must
-  be a name that nobody outside can own, too. Programs that are no browser send no Origin and are not asked.
-- **Key.** A browser's WebSocket cannot send the header `Authorization`. It offers two subprotocols
-  instead, `voxtral` and `key.` + the key in hexadecimal (a subprotocol must be a token of RFC 9110).
-  The guard makes the header of it and answers with `voxtral`: never with the key, which it takes
-  out of the request. Not hexadecimal: HTTP 401.
-- **Limits** of a session (`limits.py`), and of the WebSockets at once.
+- **Routes.** vLLM mounts about forty routes, and checks the key only below /v1, /v2, /inference and /cohere (its
+  middleware/authenticate.py). The guard passes only requests to ROUTES and FOLDERS, with a key or without one.
+- **Pages of other sites.** A browser lets any web page send requests to any server, also to localhost, and names the
+  page's site in `Origin`. A request from a page of another site gets HTTP 403. The owner of a domain can point it at
+  this server (DNS rebinding), so that `Host` and `Origin` agree. `Host` must therefore be a name that no outsider can
+  own. Programs other than browsers send no Origin and are not checked.
+- **Key.** A browser's WebSocket cannot send the header `Authorization`. It offers two subprotocols instead, `voxtral`
+  and `key.` + the key in hexadecimal (a subprotocol must be a token of RFC 9110). The guard turns the key into the
+  header, removes it from the request, and answers with `voxtral` only. A key that is not hexadecimal gets HTTP 401.
+- **Limits** of a session (`limits.py`), and of the number of open WebSockets.
 
 Environment: ALLOWED_ORIGINS and ALLOWED_HOSTS (both separated by spaces), SESSION_IDLE_MINUTES.
 """
@@ -22,7 +21,7 @@ import ipaddress
 import os
 import socket
 from collections import Counter
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
@@ -37,7 +36,7 @@ PROTOCOL, KEY = "voxtral", "key."
 IDLE_MINUTES = "10"
 SOCKETS_PER_ADDRESS = 64  # WebSockets at once, or twice the server's sessions if that is more
 SOCKETS_WITHOUT_AUDIO = 256  # of all addresses
-# Endings that nobody can buy: RFC 6762 (local), RFC 8375 (home.arpa), ICANN (internal), and what routers use.
+# Endings that cannot be registered: RFC 6762 (local), RFC 8375 (home.arpa), ICANN (internal), and those of routers.
 PRIVATE_ENDINGS = set("local home.arpa internal lan home localdomain intranet private corp fritz.box".split())
 
 
@@ -76,7 +75,7 @@ class Guard:
         await self._serve(scope, receive, send, PROTOCOL if PROTOCOL in offered else None)
 
     def _configure(self, state: object) -> None:
-        """Take over what only the started server knows. vLLM has no option for uvicorn's longest message."""
+        """Read settings of the started server, and set uvicorn's longest message, for which vLLM has no option."""
         if args := getattr(state, "args", None):
             slots = (getattr(args, "max_num_seqs", None) or 0) * (getattr(args, "data_parallel_size", None) or 1)
             self.per_address = max(SOCKETS_PER_ADDRESS, 2 * slots)
@@ -91,40 +90,40 @@ class Guard:
         self.sockets[address] += 1
         self.without_audio += 1
 
-        def audio_came() -> None:
+        def audio_arrived() -> None:
             self.without_audio -= 1
 
-        limited = Limited(receive, send, self.idle, protocol, audio_came)
+        limited = Limited(receive, send, self.idle, protocol, audio_arrived)
         try:
             await self.app(scope, limited.receive, limited.send)
         finally:
-            self.without_audio -= not limited.heard
+            self.without_audio -= not limited.has_audio
             self.sockets[address] -= 1
-            self.sockets += Counter()  # forgets the zeros
+            self.sockets += Counter()  # removes addresses without WebSockets
 
     def _refusal(self, scope: Scope, headers: Headers) -> JSONResponse | None:
-        """Return the answer to a request that is not let in."""
+        """Return the response to a request that is refused, or None if the request may pass."""
         path = scope["path"].removeprefix(scope.get("root_path", ""))
         if path not in ROUTES and not path.startswith(FOLDERS):
             if path.startswith("/v1/") and scope.get("method") == "POST":
                 return refuse(501, "this server transcribes: POST /v1/audio/transcriptions", "not_served")
             return refuse(404, "not served here: see PROTOCOL.md", "not_served")
         if path.startswith("/captions"):
-            return None  # no secret, and the page can say what is wrong
+            return None  # the page holds no secret, and can show what is wrong
         origin = headers.get("origin", "").lower()
-        # A script's GET from its own server has no Origin. Told by its answer, the page can say what to do.
+        # A script's GET to its own server has no Origin. The response lets the page show what to do.
         by_script = path == "/v1/models" and headers.get("sec-fetch-site", "none") != "none"
         if origin in self.origins or not (origin or by_script):
             return None
         host = headers.get("host", "").lower()
         if not self._is_ours(hostname(host)):
             return refuse(403, f"{host!r} is not known as this server's name: set ALLOWED_HOSTS", "foreign_host")
-        if origin and netloc(origin) != host:
+        if origin and split(origin).netloc != host:
             return refuse(403, f"a page of {origin!r} may not use this server: set ALLOWED_ORIGINS", "foreign_origin")
         return None
 
     def _is_ours(self, host: str) -> bool:
-        """Is it a name of this machine that nobody outside can own?"""
+        """Return whether `host` is an address, a name of this machine that no outsider can own, or allowed."""
         try:
             return bool(ipaddress.ip_address(host))
         except ValueError:
@@ -136,22 +135,19 @@ class Guard:
 
 def hostname(netloc: str) -> str:
     """Return the name or address in a `Host` header, without port and brackets; "" if there is none."""
-    try:
-        return (urlsplit(f"//{netloc}").hostname or "").removesuffix(".")
-    except ValueError:
-        return ""
+    return (split(f"//{netloc}").hostname or "").removesuffix(".")
 
 
-def netloc(origin: str) -> str | None:
-    """Return host and port of an `Origin` header; None if it has none (`null`)."""
+def split(url: str) -> SplitResult:
+    """Return the parts of a URL; empty ones if it is not valid."""
     try:
-        return urlsplit(origin).netloc or None
+        return urlsplit(url)
     except ValueError:
-        return None
+        return urlsplit("")
 
 
 def explained(scope: Scope, receive: Receive, send: Send) -> Send:
-    """Return a `send` that puts vLLM's 401 into the form of OpenAI's errors."""
+    """Return a `send` that replaces vLLM's response 401 by an error in OpenAI's form."""
     refused = False
 
     async def send_explained(message: Message) -> None:

@@ -1,4 +1,4 @@
-"""What one WebSocket may ask for: an ASGI connection that stays within PROTOCOL.md, "Limits"."""
+"""Limits of one WebSocket, as an ASGI connection. The specification is in PROTOCOL.md, "Limits"."""
 
 import asyncio
 import json
@@ -7,52 +7,56 @@ from collections.abc import Callable
 from starlette.types import Message, Receive, Send
 
 MESSAGE_BYTES = 2**20  # of JSON: 24 s of audio
-# Of audio that is not yet understood; vLLM needs twice that to hold it. While no transcription goes on: 33 s.
-# While one does: 8.7 minutes, so much because a client that is made to wait may take its own pings for lost.
+# Most audio that vLLM has queued and not transcribed; vLLM needs twice as much memory for it. WAITING_BYTES (33 s):
+# while no transcription runs. AHEAD_BYTES (8.7 minutes): while one runs. This is large, because a client that has to
+# wait gets no pongs, and may then close the connection.
 WAITING_BYTES, AHEAD_BYTES = 2**20, 2**24
 FRAME_BYTES = 2560  # PCM16 behind one delta: 80 ms at 16 kHz
-# What vLLM's queue holds for a message beside its audio: an array of one sample takes more than a hundred bytes.
+# What a message costs in vLLM's queue at least: an array of one sample takes more than a hundred bytes.
 LEAST_AUDIO_BYTES, OTHER_BYTES = 256, 64
 STALL_SECONDS = 30  # without a delta while audio waits
-FIRST_AUDIO_SECONDS = 60  # more than the 40 s after which uvicorn closes one that answers no ping
+FIRST_AUDIO_SECONDS = 60  # more than the 40 s after which uvicorn closes a connection that answers no ping
 
-# 4000 to 4999 are the applications' own (RFC 6455); 408 is HTTP's Request Timeout, 413 its Content Too Large.
+# RFC 6455 leaves 4000 to 4999 to applications. HTTP's 408 is Request Timeout, 413 is Content Too Large.
 IDLE_CODE, FULL_CODE = 4408, 4413
 
 
 class Limited:
-    """A connection that ends itself when a limit is passed.
+    """A connection that closes when a limit is exceeded.
 
-    - Nothing came or went for `idle` seconds (0: never): 4408. Messages to the client count too: a program may
-      send its whole file and then only listen. Until the first audio the limit is FIRST_AUDIO_SECONDS, if that is less.
-    - More than WAITING_BYTES wait, and no transcription goes on: 4413.
-    - More than AHEAD_BYTES wait: no more is received until deltas come, and TCP makes the client wait. Where none
-      come for STALL_SECONDS: 4413.
+    - No message in either direction for `idle` seconds (0: no limit): 4408. Messages to the client count too, because a
+      program may send a complete file and then only receive. Until the first audio the limit is FIRST_AUDIO_SECONDS, if
+      that is less.
+    - More than WAITING_BYTES are queued, and no transcription runs: 4413.
+    - More than AHEAD_BYTES are queued: no message is received until deltas come, and TCP makes the client wait. If no
+      delta comes for STALL_SECONDS: 4413.
 
-    `audio_came` is called once. `heard`: was it?
+    `audio_arrived` is called at the first audio. `has_audio`: whether there was any.
     """
 
-    def __init__(self, receive: Receive, send: Send, idle: float, protocol: str | None, audio_came: Callable[[], None]):
+    def __init__(
+        self, receive: Receive, send: Send, idle: float, protocol: str | None, audio_arrived: Callable[[], None]
+    ):
         self._receive, self._send, self._idle, self._protocol = receive, send, idle, protocol
-        self._audio_came = audio_came
+        self._audio_arrived = audio_arrived
         self._last, self._closed = 0.0, False
         self._waiting = 0  # bytes of audio that vLLM has queued
         self._begun = False
-        self._moved = asyncio.Event()  # a message went out
-        self.heard = False
+        self._sent = asyncio.Event()  # a message was sent
+        self.has_audio = False
 
     async def receive(self) -> Message:
-        """Return the client's next message, or its disconnection once a limit is passed."""
-        if not await self._room():
-            return await self._close(FULL_CODE, f"{self._waiting} bytes of audio wait, and no transcription goes on")
-        clock = asyncio.get_running_loop().time
-        self._last = clock()
+        """Return the client's next message, or a disconnection when a limit is exceeded."""
+        if not await self._may_receive():
+            return await self._close(FULL_CODE, f"{self._waiting} bytes of audio wait, and no transcription runs")
+        now = asyncio.get_running_loop().time
+        self._last = now()
         message = asyncio.ensure_future(self._receive())
         try:
             while limit := self._limit():
-                left = self._last + limit - clock()
+                left = self._last + limit - now()
                 if left <= 0:
-                    what = "message" if self.heard else "audio"
+                    what = "message" if self.has_audio else "audio"
                     return await self._close(IDLE_CODE, f"idle: no {what} for {limit / 60:g} minutes")
                 if (await asyncio.wait([message], timeout=left))[0]:
                     break
@@ -62,7 +66,7 @@ class Limited:
             message.cancel()
 
     async def send(self, message: Message) -> None:
-        """Pass a message on, unless the connection was closed here while the server still wrote."""
+        """Send a message, unless this connection was closed here. Raises what the server's `send` raises."""
         if self._closed:
             return
         self._last = asyncio.get_running_loop().time()
@@ -72,7 +76,7 @@ class Limited:
         try:
             await self._send(message)
         except BaseException:
-            self._closed = True  # nobody is there any more: `receive` must not wait for deltas, but hear of it
+            self._closed = True  # the client is gone: `receive` must not wait for deltas, but return the disconnection
             raise
         finally:
             text = message.get("text") or ""
@@ -81,38 +85,38 @@ class Limited:
             elif '"type":"transcription.done"' in text:
                 self._waiting, self._begun = 0, False  # vLLM empties its queue
             elif '"type":"error"' in text and '"code":"processing_error"' in text:
-                self._begun = False  # all slots are taken, or the engine has failed
-            self._moved.set()
+                self._begun = False  # all slots are in use, or the engine has failed
+            self._sent.set()
 
     def _limit(self) -> float:
-        """Seconds without a message after which the connection ends; 0: never."""
-        return self._idle if self.heard else min(FIRST_AUDIO_SECONDS, self._idle or FIRST_AUDIO_SECONDS)
+        """Return the seconds without a message after which the connection is closed; 0: never."""
+        return self._idle if self.has_audio else min(FIRST_AUDIO_SECONDS, self._idle or FIRST_AUDIO_SECONDS)
 
-    async def _room(self) -> bool:
-        """Wait until there is room for more audio; return False if there will be none."""
+    async def _may_receive(self) -> bool:
+        """Wait until more audio may be received. Return False if the limit stays exceeded."""
         while self._begun and self._waiting > AHEAD_BYTES and not self._closed:
-            self._moved.clear()
+            self._sent.clear()
             try:
                 async with asyncio.timeout(STALL_SECONDS):
-                    await self._moved.wait()
+                    await self._sent.wait()
             except TimeoutError:
                 return False
         return self._begun or self._waiting <= WAITING_BYTES or self._closed
 
     def _count(self, text: str | None) -> None:
-        """Book what vLLM will queue for a message."""
+        """Count what vLLM will queue for a message."""
         try:
             event = json.loads(text or "")
         except (ValueError, RecursionError):
-            return  # vLLM drops it
+            return  # vLLM ignores it
         if not isinstance(event, dict):
             return
         audio = event.get("audio")
         if event.get("type") == "input_audio_buffer.append" and isinstance(audio, str):
             self._waiting += max(len(audio) * 3 // 4 - audio[-2:].count("="), LEAST_AUDIO_BYTES)
-            if not self.heard:
-                self.heard = True
-                self._audio_came()
+            if not self.has_audio:
+                self.has_audio = True
+                self._audio_arrived()
         else:
             self._waiting += OTHER_BYTES
             self._begun |= event.get("type") == "input_audio_buffer.commit" and not event.get("final")

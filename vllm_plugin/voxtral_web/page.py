@@ -1,9 +1,9 @@
-"""What is served on vLLM's own port beside its routes, through `vllm.endpoint_plugins`.
+"""Routes that are added to vLLM's own, through `vllm.endpoint_plugins`.
 
-The captions page at /captions/, and files over HTTP (upload.py) in place of vLLM's own route.
+They are the captions page at /captions/, /v1/models with more fields, and files over HTTP (upload.py).
 
-vLLM loads such a plugin only if VLLM_PLUGINS names it (`load_endpoint_plugins` in
-vllm/plugins/__init__.py); serve.sh does. The page itself needs no key: vLLM guards /v1 alone.
+vLLM loads such a plugin only if VLLM_PLUGINS names it (`load_endpoint_plugins` in vllm/plugins/__init__.py). serve.sh
+sets that variable. The page needs no key, because vLLM checks the key only below /v1.
 """
 
 import json
@@ -12,6 +12,7 @@ import os
 from argparse import Namespace
 from typing import Any
 
+import voxtral_speed
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 from starlette.staticfiles import StaticFiles
@@ -19,17 +20,17 @@ from starlette.types import Scope
 
 from .upload import MAX_MEGABYTES, Uploads
 
-FOLDER = "VOXTRAL_CAPTIONS"  # variable that names the folder with the page; serve.sh sets it
+FOLDER = "VOXTRAL_CAPTIONS"  # the variable with the page's folder; serve.sh sets it
 
 HEADERS = {
-    "Cache-Control": "no-cache",  # with the ETag: 304 where nothing has changed
+    "Cache-Control": "no-cache",  # with the ETag: 304 if the file has not changed
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
 }
 
 
 class Page(StaticFiles):
-    """Static files that a browser asks for anew: a page half from before an update would not work."""
+    """Static files that a browser requests each time: a page with files from before and after an update would fail."""
 
     async def get_response(self, path: str, scope: Scope) -> Any:
         response = await super().get_response(path, scope)
@@ -38,7 +39,7 @@ class Page(StaticFiles):
 
 
 async def models(request: Request) -> Response:
-    """vLLM's answer; for each model also the largest upload, and `voxtral_speed: true` where that plugin is at work."""
+    """Return vLLM's list of models, with `max_upload_mb`, and `voxtral_speed: true` if the patch `features` is on."""
     from vllm.entrypoints.openai.models.api_router import show_available_models
 
     listing = json.loads((await show_available_models(request)).body)
@@ -47,27 +48,23 @@ async def models(request: Request) -> Response:
 
 
 async def transcriptions(request: Request) -> Response:
-    """OpenAI's route for files: see upload.py."""
+    """Return the response to a file: see upload.py."""
     return await request.app.state.uploads(request)
 
 
 def speed_is_active() -> bool:
-    """Do sessions cost the same however long they are?"""
-    try:
-        import voxtral_speed
-    except ImportError:
-        return False
+    """Return whether long sessions are as fast as short ones."""
     return voxtral_speed.active("features")  # without it every step handles all frames of the session
 
 
 class Captions:
-    """An endpoint plugin, as vllm/plugins/endpoint_plugins/interface.py wants it."""
+    """An endpoint plugin. Interface: vllm/plugins/endpoint_plugins/interface.py."""
 
     name = "voxtral_captions"
     required_tasks = ("realtime",)
 
     def attach_router(self, app: FastAPI) -> None:
-        """Mount the page, if there is one, and take over /v1/models."""
+        """Add the routes. Mount the page if its folder has one."""
         app.get("/v1/models")(models)
         app.post("/v1/audio/transcriptions")(transcriptions)
         folder = os.environ.get(FOLDER, "")
@@ -77,5 +74,5 @@ class Captions:
             logging.getLogger("vllm.voxtral_web").warning("no /captions/: %s=%r has no index.html", FOLDER, folder)
 
     async def init_state(self, engine_client: object, state: Any, args: Namespace) -> None:
-        """Prepare what takes uploads."""
+        """Create the handler of uploads."""
         state.uploads = Uploads(args, state.openai_serving_models)

@@ -1,11 +1,11 @@
-"""`POST /v1/audio/transcriptions`, in place of vLLM's: OpenAI's form around the project's own file client.
+"""`POST /v1/audio/transcriptions`: OpenAI's form around this project's file client. It replaces vLLM's route.
 
-PROTOCOL.md, "Files over HTTP", is its specification. The client, test_file_transcribe.py, runs as a process of its own
-against this server: so decoding a stranger's file and cutting it into sessions stay out of the process
-that serves live captions, and a client that hangs up ends its sessions, because that process is killed.
+The specification is in PROTOCOL.md, "Files over HTTP". The file client, test_file_transcribe.py, runs in its own
+process as a client of this server, so that the process that serves live captions decodes no files of unknown origin.
+When the HTTP client disconnects, the file client is killed, which ends its sessions.
 
 Environment: VOXTRAL_HOME, the folder of the file client (without it every request gets 501); MAX_UPLOAD_MB;
-UPLOAD_SESSIONS, how many sessions all uploads together may take (half of the server's).
+UPLOAD_SESSIONS, the most sessions that all uploads together may use (default: half of the server's).
 """
 
 import asyncio
@@ -35,10 +35,10 @@ from .errors import refuse
 HOME = os.environ.get("VOXTRAL_HOME", "")
 CLIENT = Path(HOME, "test_file_transcribe.py")
 MAX_MEGABYTES = int(os.environ.get("MAX_UPLOAD_MB") or 512)
-FIELDS_BYTES = 2**20  # the form beside the file
-AT_ONCE = 32  # uploads that are received, wait or are transcribed; each may take MAX_UPLOAD_MB of disk
+FIELDS_BYTES = 2**20  # all of the form but the file
+AT_ONCE = 32  # uploads that are received, wait or are transcribed; each may use MAX_UPLOAD_MB of disk
 WAIT_SECONDS = 60  # for a session
-SILENCE_SECONDS = 60  # of a client that uploads
+STALL_SECONDS = 60  # without data of an upload
 FORMATS = {
     "json": "application/json",
     "text": "text/plain; charset=utf-8",
@@ -50,7 +50,7 @@ GRANULARITIES = ("word", "segment")
 
 
 class Failure(Exception):
-    """What the client is told: status, message, code, and the form's field that is wrong."""
+    """An error for the HTTP client. `answer`: the response."""
 
     def __init__(self, status: int, message: str, code: str, param: str | None = None):
         super().__init__(message)
@@ -59,7 +59,7 @@ class Failure(Exception):
 
 @dataclass
 class Order:
-    """The form, checked."""
+    """The checked form."""
 
     file: UploadFile
     form: str  # one of FORMATS
@@ -70,10 +70,10 @@ class Order:
 
 @dataclass
 class Transcript:
-    """What the file client understood. `warning`: what is missing, if something is."""
+    """The file client's result. `words`: voxtral_client's Word. `warning`: why a part is missing, or None."""
 
     words: list[Any]
-    seconds: float
+    seconds: float  # of audio
     warning: str | None
 
     @property
@@ -82,52 +82,40 @@ class Transcript:
 
 
 class Uploads:
-    """The route. One for each process of the server."""
+    """The handler of the route. Each API process has one."""
 
     def __init__(self, args: Namespace, models: Any):
-        """`args`: vLLM's. `models`: its OpenAIServingModels."""
+        """`args`: vLLM's options. `models`: vLLM's OpenAIServingModels."""
         self._models = models
         slots = (args.max_num_seqs or 1) * (args.data_parallel_size or 1)
         share = int(os.environ.get("UPLOAD_SESSIONS") or 0) or slots // 2
         self._free = max(1, share // max(1, args.api_server_count or 1))
         self._freed = asyncio.Condition()
-        self._present = 0
-        tls = bool(args.ssl_certfile)
-        self._url = f"{'wss' if tls else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
-        self._command = [
-            "nice",
-            "-n",
-            "5",
-            sys.executable,
-            str(CLIENT),
-            "--format",
-            "jsonl",
-            "--output",
-            "-",
-            "--quiet",
-        ]
-        # It is this machine, and the certificate may hold other names than its address.
-        self._command += ["--url", self._url, *(["--insecure"] if tls else [])]
+        self._places = asyncio.Semaphore(AT_ONCE)
+        url = f"{'wss' if args.ssl_certfile else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
+        self._command = ["nice", "-n", "5", sys.executable, str(CLIENT), "--url", url]
+        self._command += "--format jsonl --output - --quiet".split()
+        if args.ssl_certfile:  # the server is this machine; the certificate may lack this address
+            self._command.append("--insecure")
 
     async def __call__(self, request: Request) -> Response:
-        """Answer an upload."""
+        """Return the response to an upload."""
         async with AsyncExitStack() as stack:
             try:
                 if not CLIENT.is_file():
-                    raise Failure(501, "the file client is not there: set VOXTRAL_HOME", "not_served")
+                    raise Failure(501, "the file client is missing: set VOXTRAL_HOME", "not_served")
                 order = await self._receive(request, stack)
                 return await unless_gone(request, self._answer(request, order, stack))
             except Failure as failure:
                 return failure.answer
-            except (ClientDisconnect, Gone):
-                return Response(status_code=499)  # nobody reads it; the access log has it as nginx would
+            except ClientDisconnect:
+                return Response(status_code=499)  # for the access log only, as nginx does
 
     async def _receive(self, request: Request, stack: AsyncExitStack) -> Order:
-        """Return the form, its file on disk."""
-        if self._present >= AT_ONCE:
+        """Return the form; its file is on disk. Raises Failure."""
+        if self._places.locked():
             raise Failure(503, "too many files at once", "server_busy")
-        self._present += 1
-        stack.callback(self._leave)
+        await stack.enter_async_context(self._places)
         if int(request.headers.get("content-length") or 0) > MAX_MEGABYTES * 2**20 + FIELDS_BYTES:
             raise too_large()
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
@@ -137,14 +125,12 @@ class Uploads:
         except MultiPartException as error:
             raise Failure(400, f"not a form: {error.message}", "invalid_form") from None
         except OSError as error:
-            raise Failure(500, f"the upload cannot be kept: {error.strerror}", "disk") from None
+            raise Failure(500, f"the upload cannot be stored: {error.strerror}", "disk") from None
         stack.push_async_callback(form.close)
         return self._checked(form)
 
-    def _leave(self) -> None:
-        self._present -= 1
-
     def _checked(self, form: FormData) -> Order:
+        """Return the form's fields. Raises Failure."""
         file, model = form.get("file"), str(form.get("model") or "")
         if not isinstance(file, UploadFile):
             raise Failure(400, "the form has no file", "invalid_form", "file")
@@ -155,9 +141,8 @@ class Uploads:
         if kind not in FORMATS:
             message = f"response_format {kind!r} is none of {', '.join(FORMATS)}"
             raise Failure(400, message, "invalid_form", "response_format")
-        wanted = [
-            str(name) for key in ("timestamp_granularities[]", "timestamp_granularities") for name in form.getlist(key)
-        ]
+        keys = ("timestamp_granularities[]", "timestamp_granularities")
+        wanted = [str(name) for key in keys for name in form.getlist(key)]
         if not set(wanted) <= set(GRANULARITIES):
             message = f"timestamp_granularities[] are none of {', '.join(GRANULARITIES)}"
             raise Failure(400, message, "invalid_form", "timestamp_granularities[]")
@@ -167,16 +152,14 @@ class Uploads:
         return Order(file, kind, wanted or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
 
     async def _answer(self, request: Request, order: Order, stack: AsyncExitStack) -> Response:
-        """Transcribe; return the answer, or its beginning if it is to be streamed."""
+        """Transcribe. Return the response; for `stream` it continues while words become final. Raises Failure."""
         items = await stack.enter_async_context(aclosing(self._transcribe(request, order)))
-        first = await anext(items)  # what is wrong with the file is an HTTP status, also of a stream
+        item = await anext(items)  # an error in the file becomes the HTTP status, also with `stream`
         if order.stream:
-            return Stream(events(first, items), stack.pop_all())
-        words = []
-        while not isinstance(first, Transcript):
-            words.append(first)
-            first = await anext(items)
-        transcript = first
+            return Stream(events(item, items), stack.pop_all())
+        while not isinstance(item, Transcript):
+            item = await anext(items)
+        transcript = item
         headers = {"X-Transcript-Warning": ascii(transcript.warning)[1:-1]} if transcript.warning else {}
         return Response(written(transcript, order), media_type=FORMATS[order.form], headers=headers)
 
@@ -191,18 +174,18 @@ class Uploads:
             command = [*self._command, "--parallel", str(count), path]
             async with process(command, environment) as client:
                 watching = asyncio.create_task(end_with(request.app.state, client))
-                complaints = asyncio.create_task(client.stderr.read())
+                errors = asyncio.create_task(client.stderr.read())
                 async for line in client.stdout:
                     entry = json.loads(line)
                     if "complete" in entry:
                         summary = entry
                     else:
-                        words.append(word(entry))
+                        words.append(client_module("timeline").Word(**entry))
                         yield words[-1]
-                lines = (await complaints).decode(errors="replace").strip().splitlines()
+                lines = (await errors).decode(errors="replace").strip().splitlines()
                 watching.cancel()
         if stopping(request.app.state):
-            raise Failure(503, "the server is being stopped", "server_error")
+            raise Failure(503, "the server is stopping", "server_error")
         error = (summary or {}).get("error") or (None if summary else lines[-1] if lines else "the file client failed")
         if error and not error.startswith(path):
             raise Failure(503, error.removeprefix("error: "), "server_error")
@@ -213,14 +196,17 @@ class Uploads:
 
     @asynccontextmanager
     async def _sessions(self) -> AsyncIterator[int]:
-        """Lend sessions: half of those that are free, so that the next upload finds one. Raises Failure."""
+        """Reserve sessions and yield their number: half of the free ones, so that the next upload gets one.
+
+        Raises Failure if no session becomes free within WAIT_SECONDS.
+        """
         try:
             async with asyncio.timeout(WAIT_SECONDS), self._freed:
                 await self._freed.wait_for(lambda: self._free)
                 count = (self._free + 1) // 2
                 self._free -= count
         except TimeoutError:
-            raise Failure(503, "all sessions for files are taken", "server_busy") from None
+            raise Failure(503, "all sessions for files are in use", "server_busy") from None
         try:
             yield count
         finally:
@@ -229,12 +215,8 @@ class Uploads:
                 self._freed.notify_all()
 
 
-class Gone(Exception):
-    """The client has hung up."""
-
-
 class Stream(StreamingResponse):
-    """Server-sent events; `stack` holds what they come from."""
+    """Server-sent events. `stack` holds their source, and is closed at the end."""
 
     def __init__(self, content: AsyncIterator[str], stack: AsyncExitStack):
         super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
@@ -246,7 +228,7 @@ class Stream(StreamingResponse):
 
 
 async def unless_gone(request: Request, work: Any) -> Response:
-    """Return what `work` does; cancel it when the client hangs up. Raises Gone."""
+    """Return the result of the coroutine `work`. Cancel it and raise ClientDisconnect if the client disconnects."""
 
     async def gone() -> None:
         while (await request.receive())["type"] != "http.disconnect":
@@ -257,7 +239,7 @@ async def unless_gone(request: Request, work: Any) -> Response:
         await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
         if working.done():
             return working.result()
-        raise Gone
+        raise ClientDisconnect
     finally:
         for task in (working, watching):
             task.cancel()
@@ -265,14 +247,14 @@ async def unless_gone(request: Request, work: Any) -> Response:
 
 
 async def bounded(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the request's body. Raises Failure where it is too long, or does not go on."""
+    """Yield the request's body. Raises Failure if it is too long, or stalls for STALL_SECONDS."""
     size = 0
     while True:
         try:
-            async with asyncio.timeout(SILENCE_SECONDS):
+            async with asyncio.timeout(STALL_SECONDS):
                 chunk = await anext(stream, None)
         except TimeoutError:
-            raise Failure(408, f"no more of the upload came for {SILENCE_SECONDS} s", "timeout") from None
+            raise Failure(408, f"no data of the upload arrived for {STALL_SECONDS} s", "timeout") from None
         if chunk is None:
             return
         size += len(chunk)
@@ -282,14 +264,13 @@ async def bounded(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 def too_large() -> Failure:
-    return Failure(
-        413, f"the file is larger than {MAX_MEGABYTES} MB (MAX_UPLOAD_MB of the server)", "too_large", "file"
-    )
+    message = f"the file is larger than {MAX_MEGABYTES} MB (MAX_UPLOAD_MB of the server)"
+    return Failure(413, message, "too_large", "file")
 
 
 @asynccontextmanager
 async def process(command: list[str], environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a program; it and what it has started end with the context."""
+    """Run a program. At the end of the context, it and its child processes are killed."""
     pipe, none = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
     program = await asyncio.create_subprocess_exec(
         *command, stdin=none, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
@@ -302,19 +283,19 @@ async def process(command: list[str], environment: dict[str, str]) -> AsyncItera
 
 
 def end(program: asyncio.subprocess.Process) -> None:
-    """Kill a program and what it has started, unless it has just ended by itself."""
+    """Kill a program and its child processes, if it still runs."""
     with suppress(ProcessLookupError):
         if program.returncode is None:
             os.killpg(program.pid, signal.SIGKILL)
 
 
 def stopping(state: Any) -> bool:
-    """Is the server of this app being stopped? `state.server` is vLLM's uvicorn.Server."""
+    """Return whether the server is stopping. `state`: the app's; `state.server` is vLLM's uvicorn.Server."""
     return getattr(getattr(state, "server", None), "should_exit", False)
 
 
 async def end_with(state: Any, program: asyncio.subprocess.Process) -> None:
-    """End a program when the server is being stopped: it waits for its answers before it ends."""
+    """Kill a program when the server is stopping, because the server waits for its responses before it ends."""
     while program.returncode is None:
         if stopping(state):
             return end(program)
@@ -322,7 +303,7 @@ async def end_with(state: Any, program: asyncio.subprocess.Process) -> None:
 
 
 def reachable(host: str | None) -> str:
-    """Return the address under which a program of this machine reaches a server that listens on `host`."""
+    """Return the host under which a program on this machine reaches a server that listens on `host`."""
     try:
         address = ipaddress.ip_address(host or "0.0.0.0")
     except ValueError:
@@ -336,7 +317,7 @@ def reachable(host: str | None) -> str:
 
 
 def client_module(name: str) -> Any:
-    """Import a module of voxtral_client, whose folder is not on Python's path: it holds other names than packages."""
+    """Import a module of voxtral_client. Its folder is not on Python's path, because it also holds other modules."""
     if "voxtral_client" not in sys.modules:
         spec = PathFinder.find_spec("voxtral_client", [HOME])
         sys.modules["voxtral_client"] = module_from_spec(spec)
@@ -344,41 +325,35 @@ def client_module(name: str) -> Any:
     return __import__(f"voxtral_client.{name}", fromlist=[name])
 
 
-def word(entry: dict) -> Any:
-    return client_module("timeline").Word(**entry)
-
-
 def written(transcript: Transcript, order: Order) -> str | bytes:
-    """Return the answer's body."""
+    """Return the body of the response."""
     if order.form == "text":
         return transcript.text + "\n"
     if order.form in ("srt", "vtt"):
-        writer = client_module("subtitles").FORMATS[order.form](file := Kept())
-        for each in transcript.words:
-            writer.write(each)
+        writer = client_module("subtitles").FORMATS[order.form](file := BytesIO(), standard=True)  # leaves it open
+        for word in transcript.words:
+            writer.write(word)
         writer.close()
         return file.getvalue()
     answer = {"text": transcript.text}
     if order.form == "verbose_json":
-        times = {"task": "transcribe", "language": order.language, "duration": transcript.seconds}
-        answer = times | answer
+        answer |= {"task": "transcribe", "language": order.language, "duration": transcript.seconds}
         if "segment" in order.granularities:
             answer["segments"] = list(segments(transcript.words))
         if "word" in order.granularities:
-            answer["words"] = [
-                {"word": each.text.strip(), "start": each.start, "end": each.end} for each in transcript.words
-            ]
+            timed = ({"word": word.text.strip(), "start": word.start, "end": word.end} for word in transcript.words)
+            answer["words"] = list(timed)
     return json.dumps(answer | ending(transcript), ensure_ascii=False)
 
 
 def ending(transcript: Transcript) -> dict:
-    """Return the fields that all JSON answers share."""
+    """Return the fields that all JSON responses have."""
     usage = {"usage": {"type": "duration", "seconds": transcript.seconds}, "complete": transcript.warning is None}
     return usage | ({"warning": transcript.warning} if transcript.warning else {})
 
 
 def segments(words: list[Any]) -> Iterator[dict]:
-    """Yield the cues of the subtitles as OpenAI's segments. The model gives no probabilities: null."""
+    """Yield the cues of the subtitles as OpenAI's segments. Probabilities are null, because the model gives none."""
     subtitles = client_module("subtitles")
     cues = subtitles.Cues()
     ended = [cue for each in words if (cue := cues.add(each))]
@@ -389,21 +364,14 @@ def segments(words: list[Any]) -> Iterator[dict]:
         yield times | {"text": subtitles.text_of(cue[0]), "tokens": [], "temperature": 0.0} | unknown
 
 
-class Kept(BytesIO):
-    """A file in memory that can be read after it was closed."""
-
-    def close(self) -> None:
-        pass
-
-
-async def events(first: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
-    """Yield server-sent events: a delta for each word, the whole text, [DONE]; or an error."""
+async def events(item: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
+    """Yield server-sent events: a delta for each word, the complete text, [DONE]; or an error."""
     begun = False
     try:
-        while not isinstance(first, Transcript):
-            yield event("transcript.text.delta", delta=first.text if begun else first.text.lstrip())
-            begun, first = True, await anext(items)
-        yield event("transcript.text.done", text=first.text, **ending(first))
+        while not isinstance(item, Transcript):
+            yield event("transcript.text.delta", delta=item.text if begun else item.text.lstrip())
+            begun, item = True, await anext(items)
+        yield event("transcript.text.done", text=item.text, **ending(item))
         yield "data: [DONE]\n\n"
     except Failure as failure:
         yield f"data: {failure.answer.body.decode()}\n\n"
