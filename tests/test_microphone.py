@@ -1,4 +1,4 @@
-"""stream_microphone.py as a user runs it, hearing speech that PulseAudio plays into a room without walls."""
+"""stream_microphone.py as a user runs it, hearing speech that PulseAudio plays to a monitor."""
 
 import contextlib
 import json
@@ -78,7 +78,7 @@ def subtitles(path: Path) -> tuple[list[str], list[float]]:
 def test_json_lines_on_stdout(server, pulse, speech):
     """Each word is a line as soon as it is final; the last line says that all is complete. No plain text between."""
     path, spoken = speech[0]
-    with captioning(pulse, "--url", server.url, "-d", "ROOM.mon", "-f", "jsonl") as captioner:
+    with captioning(pulse, "--url", server.url, "-d", "SPEAKER.mon", "-f", "jsonl") as captioner:
         pulse.play(path).wait()
         until(lambda: captioner.stdout.count("\n") >= len(spoken) - 1)
         captioner.interrupt()
@@ -93,7 +93,7 @@ def test_captions_subtitles_and_recording(server, pulse, speech, tmp_path):
     """The monitor of a loudspeaker, by name: system audio. First Ctrl+C: the last words still arrive."""
     path, spoken = speech[0]
     srt, kept = tmp_path / "a.srt", tmp_path / "a.wav"
-    options = "--url", server.url, "--device", "ROOM.mon", "--output", srt, "--record", kept
+    options = "--url", server.url, "--device", "SPEAKER.mon", "--output", srt, "--record", kept
     with captioning(pulse, *options) as captioner:
         pulse.play(path).wait()
         captioner.heard(spoken[:-1])
@@ -382,11 +382,11 @@ def test_device_names(pulse):
     ).stdout
     assert re.search(r"^\*  \d+ default \(ALSA\)$", listed, re.M)
     numbers = dict(re.findall(r"(\d+) (\S+) \(PulseAudio\)", listed))
-    assert set(numbers.values()) >= {"mic", "room.monitor"}
+    assert set(numbers.values()) >= {"mic", "speaker.monitor"}
     line = fails(pulse, 1, "--device", "m")
     assert "mic (" in line
     assert " and " in line
-    assert "room.monitor (" in line
+    assert "speaker.monitor (" in line
     for unknown in ("bathroom", "99"):
         assert "--list-devices" in fails(pulse, 1, "--device", unknown)
     number = next(number for number, name in numbers.items() if name == "mic")
