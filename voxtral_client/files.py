@@ -156,7 +156,7 @@ async def transcribe(options: argparse.Namespace) -> int:
                 transcripts.close()
         failures += len(transcripts.failed)
         if left := len(sources) - transcripts.begun:
-            screen.say(f"{left} {'file was' if left == 1 else 'files were'} not begun")
+            screen.say(f"{left} {'file was' if left == 1 else 'files were'} not started")
             failures += 0 if interrupts.stop.is_set() else left
         if pool.received:
             files = f"{len(sources)} files, " if len(sources) > 1 else ""

@@ -287,12 +287,12 @@ class Decoder:
         yield from timeline.flush()
         if not timeline.now:
             if not self._bytes.on_disk and self._container.format.name in FILMS:
-                text = "has its index at its end, behind a pipe's reach; save it to a file first"
+                text = "cannot be read from a pipe, because its index is at its end; save it to a file first"
                 raise AudioError(f"{self._name}: {text}")
             raise self._not_audio() if self._damaged else AudioError(f"{self._name}: holds no audio samples")
         damage = [self._broken_off] if self._broken_off else []
         if self._damaged:
-            parts = f"{self._damaged} places" if self._damaged > 1 else "one place"
+            parts = f"{self._damaged} parts" if self._damaged > 1 else "one part"
             damage.insert(0, f"{max(self._lost, 0.1):.1f} s in {parts} could not be decoded")
         if damage:
             raise AudioError(f"{self._name}: damaged audio: {'; '.join(damage)}")

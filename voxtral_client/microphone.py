@@ -110,7 +110,7 @@ def choose(wanted: str | None, found: list[Device]) -> Device:
         raise AudioError(f"--device {wanted}: no such input device; --list-devices shows them")
     if len(matches) > 1:
         names = " and ".join(f"{device.name} ({device.number})" for device in matches)
-        raise AudioError(f"--device {wanted}: fits {names}; give more of the name, or the number")
+        raise AudioError(f"--device {wanted}: matches {names}; give more of the name, or the number")
     return matches[0]
 
 

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--streams", type=counts, default=[1], metavar="N[,N...]", help="streams at once, in one or several runs"
     )
     parser.add_argument(
-        "--duration", type=positive, default=30.0, metavar="SECONDS", help="of each run (default: %(default).0f)"
+        "--duration", type=positive, default=30.0, metavar="SECONDS", help="length of each run (default: %(default).0f)"
     )
     parser.add_argument("--find-limit", action="store_true", help="search for the most streams, from --streams on")
     parser.add_argument(
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--unpaced", action="store_true", help="send as fast as the server accepts it: throughput")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw the last quarter's lag over the number of streams")
-    parser.add_argument("--processes", type=count, metavar="N", help="of this client (default: by streams and cores)")
+    parser.add_argument("--processes", type=count, metavar="N", help="client processes (default: by streams and cores)")
     add_server_options(parser)
     options = parser.parse_args(argv)
     if options.unpaced and (options.find_limit or options.plot):
