@@ -151,8 +151,9 @@ def test_plot_is_a_picture_with_all_points():
 
 
 def test_end_to_end(server, tmp_path):
+    """With a path relative to the folder where the user is."""
     options = ["--url", server.url, "--streams", "1,2", "--duration", 4, "--plot", tmp_path / "lag.svg"]
-    result = run_script("benchmark.py", CHECKPOINT / "sample.wav", *options)
+    result = run_script("benchmark.py", "sample.wav", *options, cwd=CHECKPOINT)
     assert result.returncode == 0, result.stderr
     *table, last = result.stdout.splitlines()
     found = json.loads(last)

@@ -238,7 +238,7 @@ def test_one_run_gives_up_once(tmp_path):
         result = transcribe(speaker, tmp_path, "-f", "json", "--give-up-after", 3, "--parallel", 2)
         assert result.returncode == 1
         assert result.stderr.count("error: gave up after 3 s") == 1
-        assert "files were not begun" in result.stderr
+        assert "files were not started" in result.stderr
         assert time.monotonic() - begun < 30  # six times three and the waits between would be more
         for path in tmp_path.glob("*.json"):
             assert json.loads(path.read_text())["complete"] is False

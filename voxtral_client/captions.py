@@ -10,13 +10,13 @@ from pathlib import Path
 from rich.text import Text
 
 from . import UserError
-from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, limits_from, positive, run, server_from
+from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, positive, run, server_from
 from .microphone import Microphone, choose, devices, silence_libraries
 from .outputs import writer_for
 from .protocol import RATE
 from .recording import Recording
 from .screen import Screen
-from .subtitles import FORMATS, Writer
+from .subtitles import FORMATS, Limits, Writer
 from .timeline import Word
 from .transcriber import Transcriber
 
@@ -140,10 +140,11 @@ class Captions:
 
     def open_files(self) -> None:
         """Open the output files. Raises UserError or OSError; then none is left behind."""
-        path, limits = self.options.output or (None if self.plain else "-"), limits_from(self.options)
-        self.recording = Recording(self.options.record) if self.options.record else None
+        options, path = self.options, self.options.output or (None if self.plain else "-")
+        limits = Limits(options.max_line_count, options.max_line_width)
+        self.recording = Recording(options.record) if options.record else None
         try:
-            self.writer = writer_for(path, self.options.format, new=True, limits=limits) if path else None
+            self.writer = writer_for(path, options.format, new=True, limits=limits) if path else None
         except (UserError, OSError):
             if self.recording:
                 self.recording.close()

@@ -63,11 +63,6 @@ def add_cue_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--max_line_count", default=Limits.lines, help=f"lines of a subtitle{DEFAULT}", **cue)
 
 
-def limits_from(options: argparse.Namespace) -> Limits:
-    """Return the largest size of a subtitle that the options allow."""
-    return Limits(options.max_line_count, options.max_line_width)
-
-
 def add_server_options(parser: argparse.ArgumentParser, give_up_after: float = GIVE_UP_SECONDS) -> None:
     """Add the options for the server's address and key, and for when to give up (default: `give_up_after` seconds)."""
     group = parser.add_argument_group("server")
@@ -95,10 +90,7 @@ def server_from(options: argparse.Namespace) -> Server:
             raise Refused(f"--cafile {options.cafile}: cannot read a certificate from it") from None
         if options.insecure:
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    server = Server(options.url, options.api_key or os.environ.get("VLLM_API_KEY"), tls)
-    if not server.url.startswith("wss"):
-        server.tls = None
-    return server
+    return Server(options.url, options.api_key or os.environ.get("VLLM_API_KEY"), tls)
 
 
 class Interrupts:
@@ -151,20 +143,14 @@ def run(main: Awaitable[int]) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # `| head` has ended
-        _give_up_stdout()
     except OSError as error:
-        print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
-        _give_up_stdout()
+        if not isinstance(error, BrokenPipeError):  # `| head` has ended
+            print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+        with contextlib.suppress(OSError, ValueError):  # at its exit Python would write again, and print the error
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         print(f"error: {fault(error)}", file=sys.stderr)
     return 1
-
-
-def _give_up_stdout() -> None:
-    """Write nothing more to it: Python would try again at its exit, and print the error."""
-    with contextlib.suppress(OSError, ValueError):
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def fault(error: BaseException) -> str:

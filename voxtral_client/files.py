@@ -14,13 +14,13 @@ from rich.table import Table
 
 from . import UserError
 from .audio import AudioError
-from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, fault, limits_from, run, server_from
-from .media import AudioFile, AudioSource, StandardInput, is_audio
+from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, fault, run, server_from
+from .media import AudioFile, StandardInput, is_audio
 from .outputs import Outputs, Transcript, readable
 from .pool import TOKENS, Piece, Pool, Stopped, cut, uncut
 from .protocol import RATE
 from .screen import Screen
-from .subtitles import FORMATS
+from .subtitles import FORMATS, Limits
 from .timeline import Word
 
 SUFFIXES = set(
@@ -43,7 +43,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--format",
         action="append",
         choices=[*FORMATS, "all"],
-        help="format of a file beside the audio, or of --output; may be repeated (default: by --output's ending)",
+        help="format of a file beside the audio, or of --output; may be repeated; all: every one (default: by ending)",
     )
     parser.add_argument("--skip-existing", action="store_true", help="skip files whose output is complete")
     parser.add_argument(
@@ -64,7 +64,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     if options.skip_existing and not options.format and options.output in (None, "-"):
         parser.error("--skip-existing needs files to look for: give --format or --output")
     try:
-        options.outputs = Outputs(options.output, options.format, limits_from(options))
+        limits = Limits(options.max_line_count, options.max_line_width)
+        options.outputs = Outputs(options.output, options.format, limits)
     except UserError as error:
         parser.error(str(error))
     return options
@@ -155,7 +156,7 @@ async def transcribe(options: argparse.Namespace) -> int:
                 transcripts.close()
         failures += len(transcripts.failed)
         if left := len(sources) - transcripts.begun:
-            screen.say(f"{left} {'file was' if left == 1 else 'files were'} not begun")
+            screen.say(f"{left} {'file was' if left == 1 else 'files were'} not started")
             failures += 0 if interrupts.stop.is_set() else left
         if pool.received:
             files = f"{len(sources)} files, " if len(sources) > 1 else ""
@@ -167,7 +168,7 @@ async def transcribe(options: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def pieces(sources: list[AudioSource], pool: Pool) -> Iterator[Piece]:
+def pieces(sources: list[AudioFile], pool: Pool) -> Iterator[Piece]:
     """Yield the pieces of all files. Each piece is read when it is requested."""
     for number, source in enumerate(sources):
         yield from cut(number, source, lambda: pool.width) if pool.size > 1 else [uncut(number, source)]
@@ -176,7 +177,7 @@ def pieces(sources: list[AudioSource], pool: Pool) -> Iterator[Piece]:
 class Transcripts:
     """Writes each file's words as they come. An error with one file is reported, and the next file continues."""
 
-    def __init__(self, sources: list[AudioSource], pool: Pool, outputs: Outputs, screen: Screen):
+    def __init__(self, sources: list[AudioFile], pool: Pool, outputs: Outputs, screen: Screen):
         self._sources, self._pool, self._outputs, self._screen = sources, pool, outputs, screen
         self.failed: dict[int, str] = {}  # number of a file, its first error
         self.stopped: set[int] = set()  # numbers of files that Ctrl+C cut short
@@ -189,7 +190,8 @@ class Transcripts:
         async for piece, item in items:
             if self.begun != piece.file + 1:
                 self.close()
-                self._open(piece)
+                self.begun, self._file = piece.file + 1, self._outputs.open(self._sources[piece.file].name)
+                self._started, self._seconds, self._ended, self._any_text = piece.begun, 0.0, False, False
             if isinstance(item, Word):
                 self._file.write(item)
                 if self._outputs.to_screen:
@@ -225,12 +227,6 @@ class Transcripts:
         file.close(not error, **summary)
         if file.error and not error:
             self._fail(file.error)
-
-    def _open(self, piece: Piece) -> None:
-        self.begun = piece.file + 1
-        self._file = self._outputs.open(self._sources[piece.file].name)
-        self._started, self._ended, self._any_text = piece.begun, False, False
-        self._seconds = 0.0
 
     def _fail(self, error: str) -> None:
         self.failed.setdefault(self.begun - 1, error)

@@ -90,24 +90,17 @@ class AudioFile:
             raise AudioError(f"{self.path}: cannot be read ({error.strerror})") from None
 
 
-class StandardInput:
+class StandardInput(AudioFile):
     """Audio of any kind from standard input; with `raw`, PCM16 mono at that sample rate. Raises AudioError."""
 
-    name, seconds, endless = "-", None, True
-
     def __init__(self, raw: int | None = None, track: str | None = None):
-        self._raw, self._track = raw, track
+        self.name, self.endless, self._track = "-", True, track
+        self._raw = wav.Wav("s16le", raw, 1, 2 * raw) if raw else None
         if sys.stdin is None or os.isatty(0):
             raise AudioError("standard input: a terminal gives no audio; write - behind a pipe, or with < FILE")
 
-    def blocks(self) -> Iterator[bytes]:
-        """Yield 16 kHz mono PCM16 in pieces of about 0.1 s as it comes. Raises AudioError as AudioFile does."""
-        raw = wav.Wav("s16le", self._raw, 1, 2 * self._raw) if self._raw else None
-        with Decoder(io.FileIO(0, closefd=False), "standard input", self._track, raw) as decoder:
-            yield from decoder.blocks()
-
-
-AudioSource = AudioFile | StandardInput
+    def _decoder(self) -> "Decoder":
+        return Decoder(io.FileIO(0, closefd=False), "standard input", self._track, self._raw)
 
 
 def is_audio(path: Path) -> bool:
@@ -294,13 +287,12 @@ class Decoder:
         yield from timeline.flush()
         if not timeline.now:
             if not self._bytes.on_disk and self._container.format.name in FILMS:
-                raise AudioError(
-                    f"{self._name}: has its index at its end, behind a pipe's reach; save it to a file first"
-                )
+                text = "cannot be read from a pipe, because its index is at its end; save it to a file first"
+                raise AudioError(f"{self._name}: {text}")
             raise self._not_audio() if self._damaged else AudioError(f"{self._name}: holds no audio samples")
         damage = [self._broken_off] if self._broken_off else []
         if self._damaged:
-            parts = f"{self._damaged} places" if self._damaged > 1 else "one place"
+            parts = f"{self._damaged} parts" if self._damaged > 1 else "one part"
             damage.insert(0, f"{max(self._lost, 0.1):.1f} s in {parts} could not be decoded")
         if damage:
             raise AudioError(f"{self._name}: damaged audio: {'; '.join(damage)}")

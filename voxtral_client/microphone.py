@@ -8,7 +8,6 @@ import asyncio
 import contextlib
 import itertools
 import os
-import shutil
 import subprocess
 import sys
 import time
@@ -31,9 +30,7 @@ SILENT_DB = -60.0  # a quiet room through a working microphone is louder
 
 try:
     import sounddevice
-except OSError:
-    sounddevice = None
-except Exception as error:  # PortAudio does not start; its exception class cannot be imported
+except Exception as error:  # PortAudio is missing (OSError), or does not start
     sounddevice = error
 
 
@@ -63,7 +60,7 @@ def devices(rescan: bool = False) -> list[Device]:
 
     `rescan` finds new devices; no stream may be open. Raises AudioError without PortAudio.
     """
-    if sounddevice is None:
+    if isinstance(sounddevice, OSError):
         raise AudioError("PortAudio is missing; apt install libportaudio2 (Fedora: dnf install portaudio)")
     if isinstance(sounddevice, Exception):
         raise AudioError(f"PortAudio does not start: {sounddevice}")
@@ -88,10 +85,8 @@ def devices(rescan: bool = False) -> list[Device]:
 
 
 def _pulse_sources() -> list[str]:
-    if not shutil.which("pactl"):
-        return []
     command = ["pactl", "list", "short", "sources"]
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with contextlib.suppress(OSError, subprocess.TimeoutExpired):  # OSError: there is no pactl
         lines = subprocess.run(command, capture_output=True, text=True, timeout=5).stdout.splitlines()
         return [line.split("\t")[1] for line in lines if line.count("\t")]
     return []
@@ -115,7 +110,7 @@ def choose(wanted: str | None, found: list[Device]) -> Device:
         raise AudioError(f"--device {wanted}: no such input device; --list-devices shows them")
     if len(matches) > 1:
         names = " and ".join(f"{device.name} ({device.number})" for device in matches)
-        raise AudioError(f"--device {wanted}: fits {names}; give more of the name, or the number")
+        raise AudioError(f"--device {wanted}: matches {names}; give more of the name, or the number")
     return matches[0]
 
 

@@ -82,7 +82,7 @@ class Outputs:
         self._one_file = output not in (None, "-") and not (Path(output).is_dir() or output.endswith(("/", os.sep)))
         self.to_screen = output is None and not formats  # plain text on stdout
         if len(self._formats) > 1 and (self._one_file or output == "-"):
-            raise UserError(f"{output}: one place for {len(self._formats)} formats; write a folder with / at its end")
+            raise UserError(f"{output}: one output for {len(self._formats)} formats; write a folder with / at its end")
         self._forms = self._formats or [format_of(output) if self._one_file else "txt"]
 
     def check(self, names: list[str]) -> None:

@@ -20,7 +20,7 @@ import numpy as np
 from . import UserError
 from .audio import stream, threaded
 from .cli import fault
-from .media import AudioSource
+from .media import AudioFile
 from .protocol import RATE
 from .session import Refused, Server, SessionLost
 from .timeline import HOP, Word
@@ -50,11 +50,11 @@ class Piece:
     last: bool
     endless: bool = False
     transcriber: Transcriber | None = None
-    begun: float = 0.0  # `time.monotonic()` when its transcription began
+    begun: float = 0.0  # `time.monotonic()` at the start of its transcription
     items: asyncio.Queue = field(default_factory=asyncio.Queue)  # Word; at the end None or the Exception
 
 
-def uncut(number: int, source: AudioSource) -> Piece:
+def uncut(number: int, source: AudioFile) -> Piece:
     """Return a file as one piece, streamed from disk."""
     return Piece(number, 0, source.blocks, True, source.endless)
 
@@ -71,7 +71,7 @@ def limits(left: float | None, width: int) -> tuple[int, int]:
     return round(shortest * RATE), round(longest * RATE)
 
 
-def cut(number: int, source: AudioSource, width: Callable[[], int]) -> Iterator[Piece]:
+def cut(number: int, source: AudioFile, width: Callable[[], int]) -> Iterator[Piece]:
     """Cut a file into pieces for `width()` sessions. Each piece is read when it is requested."""
     audio, offset, error = bytearray(), 0, None
     try:
@@ -131,8 +131,7 @@ class Pool:
         self._active: list[Piece] = []
         self._transcribed = self._received = 0
         self._message = ""  # the last one, which is not repeated
-        self._lost = False  # one piece has lost the server: the others need not try
-        self._refused = False  # the server has granted as many sessions as it can
+        self._lost = self._refused = False  # the server is lost for all pieces; it has granted all its sessions
         self.counts: defaultdict[int, Counter] = defaultdict(Counter)
 
     @property
@@ -185,13 +184,12 @@ class Pool:
 
         async def work() -> None:
             while piece := await next_piece():
-                if await self._transcribe(piece):
-                    continue
-                returned.append(piece)
-                if self._active or self._stop.is_set():
-                    return  # no slot for this worker: the others transcribe the piece
-                self._notify("WAITING", "all sessions of the server are taken: waiting for a free one")
-                await asyncio.sleep(random.uniform(1, 3))
+                if not await self._transcribe(piece):
+                    returned.append(piece)
+                    if self._active or self._stop.is_set():
+                        return  # no slot for this worker: the others transcribe the piece
+                    self._notify("WAITING", "all sessions of the server are taken: waiting for a free one")
+                    await asyncio.sleep(random.uniform(1, 3))
 
         async def work_all() -> None:
             try:
@@ -240,10 +238,8 @@ class Pool:
         except (Refused, SessionLost, GaveUp) as error:
             end, busy = error, isinstance(error, SessionLost) and error.busy
             self._lost, self._refused = self._lost or not busy, self._refused or busy
-        except UserError as error:
-            end = error
         except Exception as error:
-            end = RuntimeError(fault(error))
+            end = error if isinstance(error, UserError) else RuntimeError(fault(error))
         finally:
             self._active.remove(piece)
             if not busy:

@@ -51,18 +51,14 @@ class Screen:
         self._line = rest.plain
         self._refresh()
 
-    def show(self, partial: str = "", status: RenderableType = "") -> None:
-        """Replace the partial text and the status line."""
-        self._partial, self._status = partial, status
-        self._refresh()
-
     @asynccontextmanager
     async def redrawn(self, content: Callable[[], tuple[str, RenderableType]]) -> AsyncIterator[None]:
         """Show what `content()` returns (partial text, status line) five times a second, until the block ends."""
 
         async def redraw() -> None:
             while True:
-                self.show(*content())
+                self._partial, self._status = content()
+                self._refresh()
                 await asyncio.sleep(0.2)
 
         drawing = asyncio.create_task(redraw())

@@ -72,8 +72,7 @@ class Server:
             raise Refused(f"{self.url}: not a server address; write ws://HOST:8000/v1/realtime")
         path = parts.path.rstrip("/") or "/v1/realtime"
         self.url = urlunsplit((scheme, parts.netloc, path, parts.query, ""))
-        if scheme == "wss" and self.tls is None:
-            self.tls = ssl.create_default_context()
+        self.tls = (self.tls or ssl.create_default_context()) if scheme == "wss" else None
 
     @property
     def headers(self) -> dict[str, str]:
@@ -104,9 +103,12 @@ class Server:
         return known[name]
 
     def _get_models(self, url: str) -> list[dict]:
-        proxy = self._proxy()
+        proxy, request = self._proxy(), urllib.request.Request(url, headers=self.headers)
+        handlers = [urllib.request.ProxyHandler({request.type: proxy} if proxy else {})]
+        if self.tls:
+            handlers.append(urllib.request.HTTPSHandler(context=self.tls))
         try:
-            with self._get(url, proxy) as reply:
+            with urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS) as reply:
                 models = json.load(reply)["data"]
             optional = ("max_model_len", "voxtral_speed")
             return [{"id": str(model["id"])} | {name: model.get(name) for name in optional} for model in models]
@@ -122,14 +124,6 @@ class Server:
             raise self._no_connection(reason, proxy) from None
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
             raise Refused(f"{self.url}: not a vLLM realtime server") from None
-
-    def _get(self, url: str, proxy: str | None) -> http.client.HTTPResponse:
-        """Return the reply to a GET, through `proxy` if there is one. Raises urllib's errors."""
-        request = urllib.request.Request(url, headers=self.headers)
-        handlers = [urllib.request.ProxyHandler({request.type: proxy} if proxy else {})]
-        if self.tls:
-            handlers.append(urllib.request.HTTPSHandler(context=self.tls))
-        return urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS)
 
     def _proxy(self) -> str | None:
         try:

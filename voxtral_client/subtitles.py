@@ -9,7 +9,7 @@ import sys
 import textwrap
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from .timeline import Word
 
@@ -24,6 +24,10 @@ class Limits:
 
     lines: int = 2
     columns: int = 42  # characters in a line
+
+    def wrap(self, text: str) -> list[str]:
+        """Break text into lines."""
+        return textwrap.wrap(text, self.columns, break_on_hyphens=False)
 
 
 LIMITS = Limits()
@@ -46,7 +50,7 @@ class Cues:
 
     def _ends_before(self, word: Word) -> bool:
         start, end, text = self.open[0].start, self.open[-1].end, text_of(self.open)
-        if word.end - start > LONGEST or len(wrap(text + word.text, self.limits.columns)) > self.limits.lines:
+        if word.end - start > LONGEST or len(self.limits.wrap(text + word.text)) > self.limits.lines:
             return True
         if word.start - start < SHORTEST:
             return False
@@ -56,11 +60,6 @@ class Cues:
 def text_of(words: list[Word]) -> str:
     """Return the words' text without the space before the first."""
     return "".join(word.text for word in words).strip()
-
-
-def wrap(text: str, columns: int) -> list[str]:
-    """Break text into lines of at most `columns` characters."""
-    return textwrap.wrap(text, columns, break_on_hyphens=False)
 
 
 def span(cue: list[Word], over: float = float("inf")) -> tuple[float, float]:
@@ -82,10 +81,13 @@ class Writer:
     standard output. `limits` matter to formats that are made of cues.
     """
 
+    HEAD = END = ""  # of an empty transcript
+
     def __init__(self, file: BinaryIO, standard: bool = False, limits: Limits = LIMITS):
         self._file, self._standard = file, standard
         self._fixed, self._end = 0, b""  # number of bytes that stay, and the bytes after them
-        self._cues = Cues(limits)
+        self._cues, self._number = Cues(limits), 1  # number of the cue that still grows
+        self._put(self.HEAD, self.END)
 
     def write(self, word: Word) -> None:
         """Add a final word. Raises OSError; the file is then as it was before."""
@@ -150,13 +152,6 @@ class TextWriter(Writer):
 class CueWriter(Writer):
     """Base of the formats that are made of cues."""
 
-    HEAD = ""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self._number = 1  # of the cue that still grows
-        self._put(self.HEAD)
-
     def write(self, word: Word) -> None:
         fixed = ""
         if ended := self._cues.add(word):
@@ -179,7 +174,7 @@ class SubRipWriter(CueWriter):
 
     def _cue(self, cue: list[Word], over: float = float("inf")) -> str:
         start, end = span(cue, over)
-        lines = "\n".join(self._escape(line) for line in wrap(text_of(cue), self._cues.limits.columns))
+        lines = "\n".join(self._escape(line) for line in self._cues.limits.wrap(text_of(cue)))
         return f"{self._number}\n{timestamp(start, self.MARK)} --> {timestamp(end, self.MARK)}\n{lines}\n\n"
 
     def _escape(self, line: str) -> str:
@@ -208,11 +203,8 @@ class TsvWriter(CueWriter):
 class JsonWriter(Writer):
     """JSON: {"words": [{"text", "start", "end", "session"}, ...], ...summary}."""
 
+    HEAD, END = '{"words": [', "]}\n"
     _separator = ""
-
-    def __init__(self, *arguments: Any, **options: Any):
-        super().__init__(*arguments, **options)
-        self._put('{"words": [', "]}\n")
 
     def write(self, word: Word) -> None:
         entry = asdict(word) | {"text": word.text.strip(), "start": round(word.start, 3), "end": round(word.end, 3)}

@@ -151,7 +151,10 @@ class Transcriber:
                         await asyncio.gather(feeding, return_exceptions=True)
             except SessionLost as error:
                 trouble = error
-            if timeline.transcribed > furthest or self._idle():  # audio transcribed again is no progress
+            # Audio transcribed again is no progress, but with all of it answered a live input only pauses.
+            waits = timeline.received - timeline.transcribed < MAX_DELAY
+            idle = not self._ended and timeline.session_length > 0 and waits
+            if timeline.transcribed > furthest or idle:
                 failures, furthest = 0, max(furthest, timeline.transcribed)
             for word in timeline.take():
                 yield word
@@ -247,8 +250,7 @@ class Transcriber:
                 if lost := self.timeline.drop_oldest(round(KEEP_SECONDS * RATE)):
                     start, end = lost[0] / RATE, lost[1] / RATE
                     self.missing.append((start, end))
-                    message = f"audio from {start:.1f} to {end:.1f} s is lost: the server was away for too long"
-                    self._notify("AUDIO_LOST", message)
+                    self._notify("AUDIO_LOST", f"audio from {start:.1f} to {end:.1f} s is lost")
         finally:
             self._ended = True
             self._more.set()
@@ -274,11 +276,6 @@ class Transcriber:
         while self.timeline.received <= self.timeline.committed and not self._ended:
             await self._wait()
         return self.timeline.received > self.timeline.committed
-
-    def _idle(self) -> bool:
-        """Has the session answered, and nothing left to transcribe because the input pauses?"""
-        timeline = self.timeline
-        return not self._ended and timeline.session_length > 0 and timeline.received - timeline.transcribed < MAX_DELAY
 
     async def _wait(self) -> None:
         self._more.clear()

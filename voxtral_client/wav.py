@@ -70,6 +70,5 @@ def header(size: int, rate: int) -> bytes:
         riff = struct.pack("<4sI4s4sI28x", b"RIFF", size + 72, b"WAVE", b"JUNK", 28)
         return riff + form + struct.pack("<4sI", b"data", size)
     sizes = struct.pack("<4sIQQQI", b"ds64", 28, size + 72, size, size // 2, 0)
-    return (
-        struct.pack("<4sI4s", b"RF64", 0xFFFF_FFFF, b"WAVE") + sizes + form + struct.pack("<4sI", b"data", 0xFFFF_FFFF)
-    )
+    riff, data = (b"RF64", 0xFFFF_FFFF, b"WAVE"), (b"data", 0xFFFF_FFFF)
+    return struct.pack("<4sI4s", *riff) + sizes + form + struct.pack("<4sI", *data)

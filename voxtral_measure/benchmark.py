@@ -39,7 +39,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--streams", type=counts, default=[1], metavar="N[,N...]", help="streams at once, in one or several runs"
     )
     parser.add_argument(
-        "--duration", type=positive, default=30.0, metavar="SECONDS", help="of each run (default: %(default).0f)"
+        "--duration", type=positive, default=30.0, metavar="SECONDS", help="length of each run (default: %(default).0f)"
     )
     parser.add_argument("--find-limit", action="store_true", help="search for the most streams, from --streams on")
     parser.add_argument(
@@ -50,7 +50,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--unpaced", action="store_true", help="send as fast as the server accepts it: throughput")
     parser.add_argument("--plot", metavar="FILE.svg", help="draw the last quarter's lag over the number of streams")
-    parser.add_argument("--processes", type=count, metavar="N", help="of this client (default: by streams and cores)")
+    parser.add_argument("--processes", type=count, metavar="N", help="client processes (default: by streams and cores)")
     add_server_options(parser)
     options = parser.parse_args(argv)
     if options.unpaced and (options.find_limit or options.plot):
@@ -202,32 +202,32 @@ def row(figures: dict, unpaced: bool, first: bool) -> str:
 async def limit(benchmark: Benchmark) -> dict:
     """Search for the most streams; return {"limit", "limited_by", "max_lag_ms"}. Raises as `Benchmark.measure`."""
     max_lag = benchmark.options.max_lag or 200.0
-    granted, reasons = 10**9, {}
+    granted, reasons = 10**9, {}  # sessions of the server; why each number of streams failed
 
     async def measure(streams: int) -> bool:
         nonlocal granted
         if streams > granted:
             return False
         figures = await benchmark.measure(streams)
+        if holds(figures, max_lag):
+            return True
+        reasons[streams] = "lag" if unbroken(figures) else "broken streams"
         if figures["busy"]:
-            granted = min(granted, streams - figures["busy"])
-            reasons[streams] = "MAX_NUM_SEQS"
+            granted, reasons[streams] = streams - figures["busy"], "MAX_NUM_SEQS"
         elif figures["client"]["is_limit"]:
             reasons[streams] = "client"
-        else:
-            reasons[streams] = "lag" if unbroken(figures) else "broken streams"
-        return holds(figures, max_lag)
+        return False
 
     most = await find_limit(measure, benchmark.options.streams[0])
-    by = reasons[min(streams for streams in reasons if streams > most)]
+    failed = min(reasons)
     text = {
         "lag": f"the last quarter's p95 is over {max_lag:.0f} ms",
         "MAX_NUM_SEQS": f"the server grants no more sessions ({MORE_SESSIONS})",
         "broken streams": "streams break off",
         "client": "this client is too slow to measure the server",
-    }[by]
-    benchmark.screen.write(f"{most} live streams held; with {min(n for n in reasons if n > most)}, {text}\n")
-    return {"limit": most, "limited_by": by, "max_lag_ms": max_lag}
+    }
+    benchmark.screen.write(f"{most} live streams held; with {failed}, {text[reasons[failed]]}\n")
+    return {"limit": most, "limited_by": reasons[failed], "max_lag_ms": max_lag}
 
 
 async def main_loop(options: argparse.Namespace) -> int:

@@ -86,9 +86,9 @@ def _manifest(path: Path) -> Iterator[Utterance]:
             next((entry[name] for name in names if entry.get(name) is not None), None)
             for names in (AUDIO_NAMES, TEXT_NAMES, GROUP_NAMES)
         )
-        if not isinstance(audio, str) or not isinstance(text, str):
-            missing, names = ("audio", AUDIO_NAMES) if not isinstance(audio, str) else ("text", TEXT_NAMES)
-            raise UserError(f"{path}: entry {number} has no {missing}; name it one of: {', '.join(names)}")
+        for kind, value, names in (("audio", audio, AUDIO_NAMES), ("text", text, TEXT_NAMES)):
+            if not isinstance(value, str):
+                raise UserError(f"{path}: entry {number} has no {kind}; name it one of: {', '.join(names)}")
         yield Utterance(audio, path.parent / audio, text, "." if group is None else str(group))
 
 

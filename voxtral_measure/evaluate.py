@@ -104,11 +104,10 @@ async def evaluate(options: argparse.Namespace) -> int:
                     failed.add(piece.file)
                     screen.say(f"error: {item}")
         files = []
-        for number, item in enumerate(corpus):
-            if number in scored:
-                reference, hypothesis = normalize(item.text), normalize(hypotheses[number])
-                entry = {"name": item.name, "group": item.group} | word_errors.count(reference, hypothesis)
-                files.append(entry | {"reference": reference, "hypothesis": hypothesis})
+        for number in sorted(scored):
+            item, reference, hypothesis = corpus[number], normalize(corpus[number].text), normalize(hypotheses[number])
+            entry = {"name": item.name, "group": item.group} | word_errors.count(reference, hypothesis)
+            files.append(entry | {"reference": reference, "hypothesis": hypothesis})
         screen.say(pool.speed)
         if files:
             screen.write(table(files, options.worst))

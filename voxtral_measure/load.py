@@ -62,10 +62,8 @@ class Stream:
                 finally:
                     sending.cancel()
                     await asyncio.gather(sending, return_exceptions=True)
-        except SessionLost as error:
-            self.outcome = "busy" if error.busy else str(error)
-        except Refused as error:
-            self.outcome = str(error)
+        except (SessionLost, Refused) as error:
+            self.outcome = "busy" if getattr(error, "busy", False) else str(error)
         self.closed = asyncio.get_running_loop().time()
 
     async def _send(self, session: Session, pcm: bytes) -> None:
