@@ -37,17 +37,13 @@ SHARE_AT_MOST = 0.95
 
 @dataclass(frozen=True)
 class Plan:
-    """Settings that decide what fits.
+    """What decides how many sessions fit."""
 
-    `weights`: GiB. `total`: the GPU's memory in bytes. `share`: GPU_MEMORY_UTILIZATION. `length`: MAX_MODEL_LEN.
-    `batch`: MAX_NUM_BATCHED_TOKENS.
-    """
-
-    weights: float
-    total: float
-    share: float
-    length: int
-    batch: int
+    weights: float  # GiB
+    total: float  # the GPU's memory in bytes
+    share: float  # GPU_MEMORY_UTILIZATION
+    length: int  # MAX_MODEL_LEN
+    batch: int  # MAX_NUM_BATCHED_TOKENS
 
     @property
     def blocks_of_a_session(self) -> int:

@@ -53,7 +53,7 @@ def download(repository: str, revision: str = "") -> Path:
     except ValueError:  # HFValidationError
         raise Stop(f"MODEL={repository} is neither a folder nor a name that a repository can have") from None
     try:
-        bad = [path for path in paths if isinstance(path, str) and not is_whole(path)]
+        bad = [path for path in paths if isinstance(path, str) and not is_intact(path)]
     except OSError as error:
         raise Stop(f"{error.filename}: {error.strerror}") from None
     if not bad and all(isinstance(path, str) for path in paths):
@@ -77,13 +77,13 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
     blobs, partials = folder / "blobs", folder / "voxtral-partial"
     try:
         blobs.mkdir(parents=True, exist_ok=True)
-        wanted = {file: get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)) for file in FILES}
-        if not all(about.etag and about.commit_hash and about.size for about in wanted.values()):
+        expected = {file: get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)) for file in FILES}
+        if not all(about.etag and about.commit_hash and about.size for about in expected.values()):
             raise Stop(f"{endpoint} does not answer as a hub does: is there a login page or a proxy in between?")
         missing = {
             file: about
-            for file, about in wanted.items()
-            if about.etag in damaged or not is_whole(blobs / about.etag, about.etag)
+            for file, about in expected.items()
+            if about.etag in damaged or not is_intact(blobs / about.etag, about.etag)
         }
         partial = sum(p.stat().st_size for about in missing.values() if (p := partials / about.etag).exists())
         to_come = sum(about.size for about in missing.values()) - partial
@@ -162,7 +162,7 @@ def fetch_by_xet(repository: str, file: str, commit: str, blob: Path) -> bool:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         print(f"warning: Xet's download failed ({reason}): going on over plain HTTP", file=sys.stderr)
         return False
-    return is_whole(blob, blob.name)
+    return is_intact(blob, blob.name)
 
 
 def fetch_by_http(repository: str, file: str, about, part: BinaryIO) -> None:
@@ -208,7 +208,7 @@ def progress() -> type | None:
     return None if sys.stderr.isatty() else Lines
 
 
-def is_whole(path: str | Path, name: str = "") -> bool:
+def is_intact(path: str | Path, name: str = "") -> bool:
     """Return whether a file exists and has the hash `name`; default: the name of the blob to which `path` links.
 
     The file is read only if its size or time changed since the last check. Raises OSError.

@@ -20,10 +20,9 @@ COLUMNS, LINES = 76, 12
 
 
 class Captioner:
-    """A running stream_microphone.py.
+    """A running stream_microphone.py. `stdout` and `stderr`: its output so far.
 
-    `stdout` and `stderr`: the output so far. With `terminal=True`, `shown` is the output instead, and `terminal` its
-    screen.
+    With `terminal=True`, `shown` is the output instead, and `terminal` the screen.
     """
 
     def __init__(

@@ -40,15 +40,12 @@ async def measure(options: argparse.Namespace) -> int:
         nonlocal last
         now = time.perf_counter()
         add_delta(text)
-        minutes.setdefault(transcriber.timeline.transcribed // (60 * RATE), []).append(1000 * (now - last))
+        minute = transcriber.timeline.transcribed // (60 * RATE)
+        if minute and minute not in minutes:
+            mean, median = statistics.fmean(minutes[minute - 1]), statistics.median(minutes[minute - 1])
+            print(f"minute {minute:3}: {mean:6.1f} ms a frame (median {median:.1f})", flush=True)
+        minutes.setdefault(minute, []).append(1000 * (now - last))
         last = now
-        if len(minutes) > 1 and len(minutes[max(minutes)]) == 1:
-            report(max(minutes) - 1)
-
-    def report(minute: int) -> None:
-        took = minutes[minute]
-        print(f"minute {minute + 1:3}: {statistics.fmean(took):6.1f} ms a frame (median {statistics.median(took):.1f})")
-        sys.stdout.flush()
 
     transcriber.timeline.add_delta = timed
     with open(options.text or os.devnull, "w") as text:

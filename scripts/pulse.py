@@ -21,7 +21,7 @@ class Pulse:
             "XDG_RUNTIME_DIR": str(folder),
             "PULSE_SERVER": f"unix:{folder}/native",
             "JACK_NO_START_SERVER": "1",
-            "JACK_DEFAULT_SERVER": "nobody",
+            "JACK_DEFAULT_SERVER": "none",
         }
         self._log = (folder / "log").open("w")
         self._daemons: list[subprocess.Popen] = []

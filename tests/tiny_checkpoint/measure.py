@@ -96,11 +96,6 @@ def write(folder: Path, voice: str, said: list[tuple[list[str], np.ndarray]]) ->
             lines.writerow([name, " ".join(words), voice])
 
 
-def starts(frames: list[str]) -> list[float]:
-    """Return the times of the words in seconds."""
-    return [0.08 * (i + 1) for i, text in enumerate(frames) if text.startswith(" ")]
-
-
 async def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("clips", type=Path)
@@ -125,7 +120,8 @@ async def main() -> None:
             recognized = "".join(frames).split()
             errors += Levenshtein.distance(words, recognized)
             if words == recognized:
-                lags += [a - b for a, b in zip(starts(frames), ends, strict=True)]
+                times = [0.08 * (i + 1) for i, text in enumerate(frames) if text.startswith(" ")]
+                lags += [time - end for time, end in zip(times, ends, strict=True)]
             else:
                 wrong.append(f"  said       {' '.join(words)}\n  recognized {' '.join(recognized)}")
         total = sum(map(len, order))

@@ -193,10 +193,7 @@ class Encoder(nn.Module):
         return F.gelu(self.conv_layers[1].conv(F.pad(x, (1, 0)))).mT
 
     def forward(self, first: Tensor, later: Tensor, offset: Tensor | int = 0) -> Tensor:
-        """Return [batch, frames, dim].
-
-        `first` and `later`: mel frames as the server computes them in a session's first chunk, and in later ones.
-        """
+        """Return [batch, frames, dim]. `first` and `later`: mel frames of the first chunk, and of later ones."""
         start = self.convolve(first)
         x = torch.cat((start, self.convolve(later)[:, start.shape[1] :]), 1)
         turn = rotary(torch.arange(x.shape[1], device=x.device) + 4 * offset, self.head_dim, x.dtype)

@@ -12,7 +12,7 @@ MESSAGE_BYTES = 2**20  # of JSON: 24 s of audio
 # wait gets no pongs, and may then close the connection.
 WAITING_BYTES, AHEAD_BYTES = 2**20, 2**24
 FRAME_BYTES = 2560  # PCM16 behind one delta: 80 ms at 16 kHz
-# What a message costs in vLLM's queue at least: an array of one sample takes more than a hundred bytes.
+# The least memory of a message in vLLM's queue: an array of one sample takes more than a hundred bytes.
 LEAST_AUDIO_BYTES, OTHER_BYTES = 256, 64
 STALL_SECONDS = 30  # without a delta while audio waits
 FIRST_AUDIO_SECONDS = 60  # more than the 40 s after which uvicorn closes a connection that answers no ping

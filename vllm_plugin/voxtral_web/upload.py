@@ -142,14 +142,14 @@ class Uploads:
             message = f"response_format {kind!r} is none of {', '.join(FORMATS)}"
             raise Failure(400, message, "invalid_form", "response_format")
         keys = ("timestamp_granularities[]", "timestamp_granularities")
-        wanted = [str(name) for key in keys for name in form.getlist(key)]
-        if not set(wanted) <= set(GRANULARITIES):
+        granularities = [str(name) for key in keys for name in form.getlist(key)]
+        if not set(granularities) <= set(GRANULARITIES):
             message = f"timestamp_granularities[] are none of {', '.join(GRANULARITIES)}"
             raise Failure(400, message, "invalid_form", "timestamp_granularities[]")
         stream = str(form.get("stream") or "").lower() in ("true", "1")
         if stream and kind not in ("json", "text"):
             raise Failure(400, f"stream=true goes with response_format json, not {kind}", "invalid_form", "stream")
-        return Order(file, kind, wanted or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
+        return Order(file, kind, granularities or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
 
     async def _answer(self, request: Request, order: Order, stack: AsyncExitStack) -> Response:
         """Transcribe. Return the response; for `stream` it continues while words become final. Raises Failure."""
