@@ -58,7 +58,7 @@ String? replay(List<dynamic> steps) {
 
 void main() {
   final file = File.fromUri(Platform.script.resolve('../tests/traces.json'));
-  final traces = jsonDecode(file.readAsStringSync()) as Map<String, dynamic>;
+  final traces = jsonDecode(file.readAsStringSync())['timelines'] as Map<String, dynamic>;
   var failed = 0, passed = 0;
   traces.forEach((name, steps) {
     final acts = (steps as List<dynamic>).expand((step) => (step['do'] as Map<String, dynamic>).keys);

@@ -194,12 +194,7 @@ class ScriptedServer:
 
     def _http(self, connection: websockets.ServerConnection, request: Request) -> Response | None:
         self.paths.append(request.path)
-        if self.faults and "gone" in self.faults[0]:
-            self.faults.pop(0)
-            connection.transport.abort()
-            return None
-        if self.faults and "gone" in self.faults[0]:
-            self.faults.pop(0)
+        if self._next("gone"):
             connection.transport.abort()
             return None
         offered = request.headers.get("Sec-WebSocket-Protocol", "")
@@ -214,11 +209,18 @@ class ScriptedServer:
             return reply(200, json.dumps(models).encode())
         if path != "/v1/realtime":
             return reply(403, b"")
-        http = self.faults.pop(0)["http"] if self.faults and "http" in self.faults[0] else self.refusal
-        return reply(http, b"") if http else None
+        refusal = self._next("http").get("http", self.refusal)
+        return reply(refusal, b"") if refusal else None
+
+    def _next(self, kind: str = "") -> dict:
+        """The next fault, or nothing where it is of another kind."""
+        fault = self.faults[0] if self.faults and (not kind or kind in self.faults[0]) else {}
+        if fault and "always" not in fault:
+            self.faults.pop(0)
+        return fault
 
     async def _serve(self, socket: websockets.ServerConnection) -> None:
-        session, fault = self.make(), self.faults.pop(0) if self.faults else {}
+        session, fault = self.make(), self._next()
         self.sessions.append(session)
         if self.greets:
             await socket.send(json.dumps({"type": "session.created", "id": "sess-1", "created": 1}))
@@ -250,19 +252,21 @@ class ScriptedServer:
 
     async def _strike(self, socket: websockets.ServerConnection, fault: dict) -> None:
         """What happens to a session in place of delta number `after`: the first of `error`, `done`, `mute`, `close`
-        (with this code), `drop` (no close frame) in it, or else a reset, after which deltas may never arrive. `http`:
-        the status that a WebSocket gets in place of the session. `gone`: an HTTP request or a WebSocket is reset.
+        (with this code), `drop` (no close frame) in it, or else a reset. `always`: the later sessions fare the same.
+        Of the way in: `http` is the status that a WebSocket gets, `gone` the reset of an HTTP request or a WebSocket.
         """
-        if "error" in fault:
-            await socket.send(json.dumps({"type": "error", "error": fault["error"], "code": fault["code"]}))
-        elif "done" in fault:
-            await socket.send(json.dumps({"type": "transcription.done", "text": ""}))
-        elif "close" in fault:
-            await socket.close(fault["close"], "by the test")
-        elif "drop" in fault:
-            socket.transport.write_eof()
-        elif "mute" not in fault:
-            socket.transport.abort()
+        with contextlib.suppress(websockets.ConnectionClosed):
+            await (await socket.ping())  # the client has read everything: no delta is lost by chance
+            if "error" in fault:
+                await socket.send(json.dumps({"type": "error", "error": fault["error"], "code": fault["code"]}))
+            elif "done" in fault:
+                await socket.send(json.dumps({"type": "transcription.done", "text": ""}))
+            elif "close" in fault:
+                await socket.close(fault["close"], "by the test")
+            elif "drop" in fault:
+                socket.transport.write_eof()
+            elif "mute" not in fault:
+                socket.transport.abort()
 
 
 def reply(status: int, body: bytes, kind: str = "application/json", **more: str) -> Response:
