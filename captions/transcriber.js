@@ -8,7 +8,7 @@ const AHEAD = 5 * RATE; // audio in flight: enough to keep the server busy, litt
 const PIECE = RATE / 4; // audio in one message at most
 const ROLLOVER_SECONDS = 75; // on a stock server a frame costs more with every frame before it
 const FLAT_ROLLOVER_SECONDS = 300; // where it does not: eight sessions of that length fit beside each other on 12 GB
-const STALL_SECONDS = 20; // a loaded server answers within 1 s; a first request may compile for some more
+const STALL_MS = 20000; // a loaded server answers within 1 s; a first request may compile for some more
 const BLANKS_SECONDS = 20; // speech without a word: nobody talks so long without one
 const BLANKS_MAX_SECONDS = 80; // music and noise are examined less and less often
 const KEEP_SECONDS = 300; // audio kept through an outage: 9.6 MB
@@ -30,7 +30,7 @@ export class SessionLost extends Error {
 // A browser says nothing of a refused WebSocket but 1006. The server has just answered, so it is there and has the key.
 const SHUT = "the server answers but lets this page open no WebSocket: is there a proxy that does not pass on Host?";
 
-const WRONG = "wrong path, or a page that is not let in (HTTP 403)";
+const WRONG = "wrong path, or an origin that is not let in (HTTP 403)";
 
 /**
  * Ask the server whose realtime endpoint is `url` (http or https) what it serves: {id, max_model_len, voxtral_speed},
@@ -105,9 +105,9 @@ class Session {
   }
 
   /** Choose the model and start the transcription. */
-  async start(id) {
-    const greeting = await this.receive(ANSWER_MS);
-    if (!greeting) throw new SessionLost(`no answer for ${ANSWER_MS / 1000} s`);
+  async start(id, patience) {
+    const greeting = await this.receive(patience);
+    if (!greeting) throw new SessionLost(`no answer for ${patience / 1000} s`);
     if (greeting.type !== "session.created") throw new SessionLost("the server did not greet");
     this.send("session.update", { model: id });
     this.send("input_audio_buffer.commit");
@@ -141,14 +141,15 @@ function base64(samples) {
 
 /**
  * Words with times of what a microphone hears, whatever happens to the sessions underneath.
- * `on.state(state, message)`: "connecting", "listening", "waiting". `on.words(words)`: committed, each once.
- * `on.partial(words)`: may still change. `on.lost(start, end)`: seconds of audio that are gone for good.
- * `giveUp`: after so many ms without progress `run` throws SessionLost. `way`: the second argument of WebSocket.
+ * `on.state(state, message)`: "connecting", "listening", "waiting", "done". `on.words(words)`: final words, each once.
+ * `on.partial(words)`: may still change. `on.lost(start, end)`: seconds of audio that were never transcribed.
+ * In ms: `run` throws SessionLost `giveUp` after the last progress; a session is lost `stall` after the last delta,
+ * or where it does not begin within `answer`. `way`: the second argument of WebSocket.
  */
 export class Transcriber {
   timeline = new Timeline();
   sessions = 0;
-  #url; #key; #on; #giveUp; #way; #model = null;
+  #url; #key; #on; #giveUp; #stall; #answer; #way; #model = null;
   #sent = 0; // end of the audio sent to the current session
   #ended = false; // no more audio comes
   #stopped = false;
@@ -157,11 +158,14 @@ export class Transcriber {
   #patience = BLANKS_SECONDS;
   #alarms = new Alarms();
 
-  constructor(url, key, on, { giveUp = Infinity, way = subprotocols(key) } = {}) {
+  constructor(url, key, on, options = {}) {
+    const { giveUp = Infinity, stall = STALL_MS, answer = ANSWER_MS, way = subprotocols(key) } = options;
     this.#url = String(url);
     this.#key = key;
     this.#on = on;
     this.#giveUp = giveUp;
+    this.#stall = stall;
+    this.#answer = answer;
     this.#way = way;
   }
 
@@ -218,6 +222,7 @@ export class Transcriber {
     this.#on.words(this.timeline.take());
     if (this.#stopped) this.#on.words(this.timeline.partial.splice(0)); // nothing replaces it any more
     this.#on.partial([]);
+    this.#on.state("done", "");
   }
 
   /** One session, until a new one should go on or all is transcribed. */
@@ -226,7 +231,7 @@ export class Transcriber {
     const session = new Session(this.#url, this.#way, this.#alarms);
     session.asked = asked;
     try {
-      await session.start(this.#model.id);
+      await session.start(this.#model.id, this.#answer);
       this.#sent = this.timeline.begin();
       this.#session = session;
       this.#lastDelta = Date.now();
@@ -268,8 +273,7 @@ export class Transcriber {
     if (event === null) {
       const starved = this.#sent - timeline.transcribed < MAX_DELAY && !this.#ended; // it has nothing to work on
       if (starved) this.#lastDelta = Date.now();
-      const stalled = Date.now() - this.#lastDelta > 1000 * STALL_SECONDS;
-      if (stalled) throw new SessionLost(`no answer for ${STALL_SECONDS} s`);
+      if (Date.now() - this.#lastDelta > this.#stall) throw new SessionLost(`no answer for ${this.#stall / 1000} s`);
       return true;
     }
     this.#lastDelta = Date.now();

