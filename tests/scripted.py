@@ -11,12 +11,12 @@ import importlib
 import json
 import mimetypes
 import sys
-import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import websockets
 from conftest import ROOT
+from threads import threaded
 from websockets.datastructures import Headers
 from websockets.http11 import Request, Response
 
@@ -283,23 +283,6 @@ def page(name: str) -> Response:
     return reply(200, path.read_bytes(), mimetypes.guess_type(name)[0] or "", **headers)
 
 
-@contextlib.contextmanager
-def scripted(*arguments: object, **options: object) -> Iterator[ScriptedServer]:
+def scripted(*arguments: object, **options: object) -> contextlib.AbstractContextManager[ScriptedServer]:
     """A ScriptedServer in a thread of its own, for clients that are processes."""
-    ready, loop, over, servers = threading.Event(), asyncio.new_event_loop(), asyncio.Event(), []
-
-    async def serve() -> None:
-        async with ScriptedServer(*arguments, **options) as server:
-            servers.append(server)
-            ready.set()
-            await over.wait()
-
-    thread = threading.Thread(target=loop.run_until_complete, args=(serve(),))
-    thread.start()
-    ready.wait()
-    try:
-        yield servers[0]
-    finally:
-        loop.call_soon_threadsafe(over.set)
-        thread.join()
-        loop.close()
+    return threaded(ScriptedServer(*arguments, **options))

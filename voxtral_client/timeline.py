@@ -276,8 +276,15 @@ class Timeline:
             self._floor = max(FLOOR_DB, floor + rise)
             self._edge = max(FLOOR_DB, floor + min(rise, 2 + 6 * (floor - lowest)))
         readings = [self._readings(max(start, self.received - 30 * RATE), end) for start, end in voices]
-        loud = min((float(np.percentile(span, 95)) for span in readings if len(span)), default=FLOOR_DB)
+        loud = min((_percentile(span, 0.95) for span in readings if len(span)), default=FLOOR_DB)
         return max(self._edge if edge else self._floor, loud - 35)
+
+
+def _percentile(levels: np.ndarray, share: float) -> float:
+    """np.percentile of some dozen levels, which needs ten times as long for its checks as for its work."""
+    ordered, at = np.sort(levels), share * (len(levels) - 1)
+    low = int(at)
+    return float(ordered[low] + (at - low) * (ordered[min(low + 1, len(levels) - 1)] - ordered[low]))
 
 
 def _samples(seconds: float) -> int:
