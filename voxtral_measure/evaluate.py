@@ -118,8 +118,8 @@ async def evaluate(options: argparse.Namespace) -> int:
             screen.say(f"{left} of {len(corpus)} recordings were not reached and are not counted")
         if options.json and files:
             about = {"corpus": options.corpus, "model": model, "normalize": name, "failed": len(failed), "left": left}
-            kept = about | {"all": word_errors.add(files), "files": files}
-            Path(options.json).write_text(json.dumps(kept, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+            saved = about | {"all": word_errors.add(files), "files": files}
+            Path(options.json).write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
     if interrupts.stop.is_set() and left:
         return 130
     return 1 if failed or left else 0
