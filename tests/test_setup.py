@@ -238,7 +238,7 @@ def test_serve_says_that_it_is_older(machine):
     """Before vLLM starts, here a program that ends at once."""
     machine.setup("--cpu")
     for name in ("vllm", "python3"):
-        machine.program(name, "#!/bin/sh\n[ $1 != -m ] || printf 'cpu\\n/model\\n\\n8\\n88\\n'\n")
+        machine.program(name, "#!/bin/sh\n[ $1 != -m ] || printf 'cpu\\n/model\\n\\n\\n8\\n88\\n'\n")
         shutil.copy(machine.programs / name, machine.clone / ".venv/bin")
     assert machine.run("./serve.sh").stderr == ""
     (machine.clone / "requirements-cpu.lock").write_text("# newer\n")

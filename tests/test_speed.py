@@ -120,7 +120,7 @@ def test_memory_for_sessions_runs_out(tmp_path):
 
 def test_names_of_patches():
     everything = list(voxtral_speed.PATCHES)
-    assert voxtral_speed.enabled("") == voxtral_speed.wanted("1") == everything
+    assert voxtral_speed.enabled("") == voxtral_speed.enabled("1") == everything
     assert voxtral_speed.enabled("0") == []
     assert voxtral_speed.enabled("rows,features") == ["features", "rows"]
     assert voxtral_speed.enabled("-rows") == [name for name in everything if name != "rows"]
