@@ -1,32 +1,32 @@
-// The microphone as blocks of PCM16, and what can go wrong with it, in words.
+// The microphone as blocks of PCM16, and its errors in words.
 
-/** Why this page cannot hear anything here, or "". */
+/** Why this page cannot use a microphone, or "". */
 export function obstacle() {
   if (!isSecureContext) {
-    return "This page came over plain http from another machine, and browsers give such pages no microphone. "
-      + "Give the server a certificate and open the page with https:// (docs/captions.md); on the "
-      + `server's own screen http://localhost:${location.port || 80}${location.pathname} works as it is.`;
+    return "This page came over plain http from another machine. Browsers give such pages no microphone. Give the "
+      + "server a certificate and open the page with https:// (docs/captions.md). On the server itself, "
+      + `http://localhost:${location.port || 80}${location.pathname} works without one.`;
   }
   if (navigator.mediaDevices?.getUserMedia && window.AudioWorkletNode) return "";
   return "This browser cannot record sound: update it.";
 }
 
-/** The microphones: [{deviceId, label}]. Labels are empty until the user has allowed the page to listen. */
+/** The microphones: [{deviceId, label}]. Labels are empty until the user has allowed the microphone. */
 export async function microphones() {
   const devices = await navigator.mediaDevices.enumerateDevices();
   return devices.filter(({ kind, deviceId }) => kind === "audioinput" && deviceId);
 }
 
-/** What an exception of `Microphone.open` means. */
+/** An exception of `Microphone.open` in words. */
 export function explain(error) {
   switch (error.name) {
     case "NotAllowedError":
-      return "The browser was told not to let this page use the microphone: allow it beside the address.";
+      return "The browser blocks the microphone for this page: allow it next to the address.";
     case "NotFoundError":
     case "OverconstrainedError":
       return "No microphone was found.";
     case "NotReadableError":
-      return "The microphone is in use by another program, or the system does not give it away.";
+      return "Another program uses the microphone, or the system blocks it.";
     default:
       return `The microphone cannot be used (${error.message || error.name}).`;
   }
@@ -35,8 +35,8 @@ export function explain(error) {
 const contexts = new Map();
 
 /**
- * The AudioContext with its worklet, at 16 kHz or at the device's own rate. There is one of each for as long as the
- * page lives: while the server is away, the worklet's code could not be fetched for another.
+ * The AudioContext with its worklet, at 16 kHz or at the device's own rate. The page keeps both: while the server is
+ * away, it could not fetch the code of the worklet again.
  */
 function context(options) {
   const rate = options?.sampleRate;
@@ -61,25 +61,25 @@ async function load(options) {
 
 const OURS = { sampleRate: 16000, latencyHint: "interactive" };
 
-/** Fetch what `Microphone.open` needs, while the server is there. */
+/** Fetch the code that `Microphone.open` needs, while the server answers. */
 export function prepare() { context(OURS).catch(() => {}); }
 
 /** `on.audio(samples, level)`: an Int16Array of 80 ms at 16 kHz, its level in dB. `on.gone()`: it was unplugged. */
 export class Microphone {
   #stream = null;
-  #nodes = null; // {context, source, recorder} behind it
-  #turn = 0; // counts what was asked for: an `open` that finds itself overtaken lets go of what it got
+  #nodes = null; // {context, source, recorder}
+  #turn = 0; // counts `open` and `close`: an earlier `open` that is still waiting gives up
 
   constructor(on) { this.on = on; }
 
   /**
-   * Listen to this microphone in place of any other; `deviceId` "" is the system's choice. Returns whether it does:
-   * false where another `open` or `close` came meanwhile. Throws what `explain` explains.
+   * Use this microphone in place of any other; `deviceId` "" is the system's choice. Returns false if another `open` or
+   * `close` came meanwhile. Throws what `explain` explains.
    */
   async open(deviceId) {
     this.close();
     const turn = this.#turn;
-    // What browsers do to the sound for telephony does a recognizer no good.
+    // The sound processing that browsers use for calls makes recognition worse.
     const audio = { channelCount: 1, echoCancellation: false, noiseSuppression: false, autoGainControl: false };
     if (deviceId) audio.deviceId = { exact: deviceId };
     try {
@@ -116,7 +116,7 @@ export class Microphone {
     const recorder = new AudioWorkletNode(used, "recorder", { numberOfOutputs: 0 });
     recorder.port.onmessage = ({ data }) => this.on.audio(data.samples, data.level);
     source.connect(recorder);
-    // A telephone call on a phone, for one, suspends it.
+    // A call on a phone suspends it, for example.
     used.onstatechange = () => { if (used.state !== "running") used.resume().catch(() => {}); };
     this.#stream.getAudioTracks()[0].onended = () => this.on.gone();
     this.#nodes = { context: used, source, recorder };

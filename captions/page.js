@@ -1,4 +1,4 @@
-// The page: what the user does, and what there is to see. Recognition is transcriber.js, sound microphone.js.
+// The page: what the user does and sees. transcriber.js does the recognition, microphone.js the sound.
 
 import { Microphone, explain, microphones, obstacle, prepare } from "./microphone.js";
 import { plain, srt } from "./subtitles.js";
@@ -6,8 +6,8 @@ import { RATE } from "./timeline.js";
 import { Refused, Transcriber, model } from "./transcriber.js";
 
 const $ = (id) => document.getElementById(id);
-const SERVER = new URL("../v1/realtime", location.href); // this page lies at /captions/, behind a proxy perhaps deeper
-const PARAGRAPH_SECONDS = 2; // a pause that begins a new line
+const SERVER = new URL("../v1/realtime", location.href); // the page is at /captions/, or deeper behind a proxy
+const PARAGRAPH_SECONDS = 2; // a longer pause begins a new line
 
 const words = []; // all final words: {text, start, end, session, fresh}
 let key = sessionStorage.getItem("key") ?? "";
@@ -15,10 +15,10 @@ let running = null; // {transcriber, microphone, stopping}
 let before = 0; // seconds of audio in earlier runs
 let unsaved = false;
 
-// --- what there is to see ---
+// --- what the user sees ---
 
 function say(text, kind = "") {
-  if ($("message").textContent !== text) $("message").textContent = text; // a screen reader says it once
+  if ($("message").textContent !== text) $("message").textContent = text; // a screen reader reads it once
   $("message").className = kind;
 }
 
@@ -37,7 +37,7 @@ function addFinal(added) {
     running.fresh = false;
     if (word.fresh) $("final").append(document.createElement("p"));
     words.push(word);
-    // One text node for all words that become final at once: a screen reader reads it as one.
+    // Words that become final together share a text node: a screen reader reads them as one.
     const line = $("final").lastChild;
     if (word.fresh || word === added[0]) line.append(document.createTextNode(""));
     line.lastChild.data += word.fresh ? word.text.trimStart() : word.text;
@@ -87,7 +87,7 @@ function enable() {
 
 // --- the server ---
 
-/** Find out whether the server can be used with the key there is; asks again until there is an answer. */
+/** Find out whether the server accepts the key; ask until it answers. */
 async function greet() {
   try {
     const { id } = await model(SERVER, key);
@@ -101,7 +101,7 @@ async function greet() {
   } catch (error) {
     if (error instanceof Refused) return refuse(error);
     state("waiting", "no server");
-    say(`No server answers at ${SERVER.host} (${error.message}). Is it still starting? Trying again.`, "wait");
+    say(`${SERVER.host}: ${error.message}. Is it still starting? Trying again.`, "wait");
     setTimeout(greet, 3000);
   }
 }
@@ -124,7 +124,7 @@ $("access").onsubmit = (event) => {
   key = $("key").value.trim();
   if (/[^\x21-\x7e]/.test(key)) {
     key = "";
-    return say("A key has no spaces and no letters beyond ASCII.", "bad");
+    return say("A key has no spaces and no characters beyond ASCII.", "bad");
   }
   say("");
   greet();
@@ -140,7 +140,7 @@ async function start() {
     },
     gone() {
       showLevel(-60);
-      say("The microphone is gone. Plug it in again, or choose another.", "bad");
+      say("The microphone was unplugged. Plug it in again, or choose another.", "bad");
       run.gone = true;
     },
   });
@@ -153,7 +153,7 @@ async function start() {
     words: addFinal,
     partial: showPartial,
     lost(from, to) {
-      if (!(from <= run.lostTo)) run.lostFrom = from; // not the outage before, going on
+      if (!(from <= run.lostTo)) run.lostFrom = from; // a new outage, not the one before
       run.lostTo = to;
       say(`The server was away for too long: ${(to - run.lostFrom).toFixed(0)} s of sound are lost.`, "bad");
     },
@@ -163,7 +163,7 @@ async function start() {
   say("");
   enable();
   stayAwake();
-  listen(run).then(() => run.gone && !run.opened && transcriber.end()); // may wait for the user's permission
+  listen(run).then(() => run.gone && !run.opened && transcriber.end()); // it may wait for the user's permission
   try {
     await transcriber.run();
     state("ready");
@@ -174,7 +174,7 @@ async function start() {
     if (error instanceof Refused) refuse(error);
     else {
       state("refused", "fault");
-      say(`This page has a fault: ${error.message}. Start goes on.`, "bad");
+      say(`Error in this page: ${error.message}. Press Start to continue.`, "bad");
     }
   }
   microphone.close();
@@ -190,7 +190,7 @@ $("start").onclick = () => {
   if (running.stopping) return running.transcriber.stop();
   running.stopping = true;
   running.microphone.close();
-  running.transcriber.end(); // the last words are still to come
+  running.transcriber.end(); // the last words follow
   showLevel(-60);
   state("connecting", "finishing");
   enable();
@@ -207,10 +207,10 @@ async function listDevices() {
   $("device").value = found.some(({ deviceId }) => deviceId === chosen) ? chosen : "";
 }
 
-/** Take the chosen microphone in place of the one that was used or is gone. */
+/** Use the chosen microphone from now on. */
 async function listen(run) {
   try {
-    if (!(await run.microphone.open($("device").value))) return; // another was chosen meanwhile, or Stop
+    if (!(await run.microphone.open($("device").value))) return; // meanwhile the user chose another, or Stop
     run.opened = true;
     run.gone = false;
     if ($("message").className === "bad") say("");
@@ -226,14 +226,14 @@ function change() {
 }
 $("device").onchange = change;
 
-/** Keep a phone's screen on while it shows captions. */
+/** Keep the screen of a phone on while captions run. */
 function stayAwake() {
   stayAwake.lock = Promise.resolve(stayAwake.lock).then(async (lock) => {
     if (running && lock && !lock.released) return lock;
     if (running && document.visibilityState === "visible") return navigator.wakeLock?.request("screen");
     await lock?.release();
     return null;
-  }).catch(() => null); // a low battery may forbid it
+  }).catch(() => null); // a low battery can prevent it
 }
 document.addEventListener("visibilitychange", stayAwake);
 
@@ -257,7 +257,7 @@ async function copy() {
   $("copy").textContent = "Copied";
   setTimeout(() => { $("copy").textContent = "Copy"; }, 2000);
 }
-$("copy").onclick = () => copy().catch(() => say("The browser does not let this page copy: download the text.", "bad"));
+$("copy").onclick = () => copy().catch(() => say("The browser does not allow copying: download the text.", "bad"));
 
 function download(text, ending) {
   const link = document.createElement("a");
@@ -272,7 +272,7 @@ $("text").onclick = () => download(`${plain(words)}\n`, "txt");
 $("srt").onclick = () => download(srt(words), "srt");
 
 $("clear").onclick = () => {
-  if (unsaved && !confirm("Neither copied nor downloaded: clear the captions all the same?")) return;
+  if (unsaved && !confirm("The captions were neither copied nor downloaded. Clear them?")) return;
   words.length = before = 0;
   unsaved = false;
   $("final").replaceChildren();

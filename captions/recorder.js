@@ -1,9 +1,9 @@
-// AudioWorklet: what the microphone gives, as blocks of 80 ms of PCM16 at 16 kHz mono, with their level.
-// Where the context runs at another rate (older Firefox: that of the device), the sound is filtered and resampled here.
+// AudioWorklet: the sound of the microphone in blocks of 80 ms, PCM16 at 16 kHz mono, with their level.
+// If the context has another rate (in older Firefox that of the device), the sound is filtered and resampled here.
 
 const RATE = 16000;
 const BLOCK = 1280;
-const LOBES = 16; // of the windowed sinc, to either side
+const LOBES = 16; // of the windowed sinc, on each side
 
 class Recorder extends AudioWorkletProcessor {
   #block = new Int16Array(BLOCK);
@@ -18,8 +18,8 @@ class Recorder extends AudioWorkletProcessor {
   }
 
   process([channels]) {
-    if (this.#over) return false; // else it would run for as long as the context does
-    if (!channels.length) return true; // no microphone connected just now
+    if (this.#over) return false; // else it would run as long as the context
+    if (!channels.length) return true; // no microphone is connected
     const mono = channels[0].map((_, i) => channels.reduce((sum, channel) => sum + channel[i], 0) / channels.length);
     for (const sample of this.#resample(mono)) {
       this.#power += sample * sample;
@@ -35,11 +35,11 @@ class Recorder extends AudioWorkletProcessor {
   }
 }
 
-/** Return a function that takes the next samples at `rate` and returns the next ones at 16 kHz. */
+/** Return a function that converts the next samples at `rate` into the next ones at 16 kHz. */
 function resampler(rate) {
   const common = gcd(rate, RATE);
-  const up = RATE / common; // so many samples come out ...
-  const down = rate / common; // ... for so many that go in
+  const up = RATE / common; // samples out ...
+  const down = rate / common; // ... for so many samples in
   const stretch = Math.max(1, down / up);
   const half = Math.ceil(LOBES * stretch);
   const filters = Array.from({ length: up }, (_, n) => filter(((n * down) % up) / up, half, stretch));
@@ -65,7 +65,7 @@ function resampler(rate) {
   };
 }
 
-/** Taps of a low pass for a point `phase` (0 to 1) behind the middle tap, with a Hann window; they add up to 1. */
+/** Taps of a low pass for a point `phase` (0 to 1) after the middle tap, with a Hann window; their sum is 1. */
 function filter(phase, half, stretch) {
   const taps = Float32Array.from({ length: 2 * half }, (_, i) => {
     const x = (i - half + 1 - phase) / stretch; // in lobes

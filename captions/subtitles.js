@@ -1,4 +1,4 @@
-// Words as text and as SRT, by the rules of voxtral_client/subtitles.py.
+// Words as text and as SRT, with the rules of voxtral_client/subtitles.py.
 
 const LINES = 2;
 const COLUMNS = 42;
@@ -45,7 +45,7 @@ function wrap(text) {
   return lines;
 }
 
-/** SRT has no escapes: what players take for markup becomes look-alikes. */
+/** SRT has no escapes: characters that players read as markup are replaced by similar ones. */
 function escape(line) {
   return line.replace(/-->/g, "→").replace(/[<>{}]/g, (c) => ({ "<": "‹", ">": "›", "{": "(", "}": ")" })[c]);
 }

@@ -1,20 +1,19 @@
-// State of one transcription: audio received, transcribed and committed; partial and final words. No DOM, no clock, no network.
-// voxtral_client/timeline.py, whose docstrings explain it, in JavaScript; a test holds the two against each other.
-//
-// Positions are in samples at 16 kHz from the very first one, across all sessions. A word is
-// {text, start, end, session}: text with its own leading space, times in seconds.
+// State of one transcription: audio received, transcribed and committed; partial and final words. No DOM, no clock.
+// This is voxtral_client/timeline.py in JavaScript: its docstrings explain the rules, and a test compares the two.
+// Positions are samples of the input at 16 kHz, across all sessions. A word is {text, start, end, session}: the text
+// has its leading space, times are in seconds.
 
 export const RATE = 16000;
 export const FRAME = 1280; // samples behind one delta: 80 ms
 const HOP = 320; // samples of one level reading: 20 ms
-const MARGIN = 4 * FRAME; // the model speaks of a word up to 0.2 s after its end
+const MARGIN = 4 * FRAME; // the text of a word begins up to 0.2 s after its end
 const PAUSE = 3 * FRAME; // silence required on both sides of a commit point
-const MAX_TAIL = 30 * RATE; // so much audio not yet committed without a pause is committed between two words
+const MAX_TAIL = 30 * RATE; // longest audio without a commit point; then one is set between two words
 export const WORDLESS_SECONDS = 1.5; // sound without a word that may be a cough
-const NEAR = RATE / 2; // so far beside a pause, or before a word's end, what is loud is the voice
-const MAX_WORD = 2 * RATE; // longest word considered when its start is looked for
+const NEAR = RATE / 2; // what is loud so near to a pause, or before the end of a word, is the voice
+const MAX_WORD = 2 * RATE; // the start of a word is at most so far before its end
 const FLOOR_DB = -65; // below this everything is silence
-// Chinese and Japanese are written without spaces; Korean, whose characters are as wide, is not.
+// Chinese and Japanese are written without spaces; Korean is not.
 const UNSPACED =
   /[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]/u;
 
@@ -35,7 +34,7 @@ export class Timeline {
   #origin = 0;
   #frames = 0;
   #lastText = 0; // position of the last delta with text
-  #blanks = null; // [start, end] of a blank stretch that a second session must confirm
+  #blanks = null; // [start, end] of audio without words that a second session must confirm
 
   get transcribed() { return this.#origin + this.#frames * FRAME; }
   get sessionLength() { return this.#frames * FRAME; }
@@ -59,7 +58,7 @@ export class Timeline {
   audio(start, count) {
     const end = Math.min(start + count, this.received);
     const out = new Int16Array(Math.max(0, end - start));
-    for (let i = this.#blocks.length - 1; i >= 0; i--) { // what is asked for lies near the end
+    for (let i = this.#blocks.length - 1; i >= 0; i--) { // the requested audio is near the end
       const { start: at, samples } = this.#blocks[i];
       if (at + samples.length <= start) break;
       if (at >= end) continue;
@@ -128,7 +127,7 @@ export class Timeline {
     if (best) this.#commit(best[1], best[2]);
   }
 
-  /** Commit everything: the input has ended and the server has spoken of all of it. */
+  /** Commit everything: the input has ended, and the server has transcribed all of it. */
   finish() { this.#commit(this.received, this.partial.length); }
 
   /** Return the words committed since the last call. */
@@ -145,9 +144,10 @@ export class Timeline {
   /** Seconds of audio, silent or not, since the last word. */
   wordless() { return (this.transcribed - this.#answered) / RATE; }
 
-  /** Note that everything since the last word is to be confirmed by a new session. */
+  /** A new session must confirm that there are no words since the last word. */
   suspectBlanks() { this.#blanks = [this.#lastText, this.transcribed]; }
 
+  /** End of the audio that need not be asked about again. */
   get #answered() { return Math.max(this.#lastText, this.committed, this.#blanks ? this.#blanks[1] : 0); }
 
   // --- private ---
@@ -188,7 +188,7 @@ export class Timeline {
     });
   }
 
-  /** Start and end of the word whose end the model marked in the frame up to `spoken`. */
+  /** Start and end of the word whose text came with the frame that ends at `spoken`. */
   #locate(spoken) {
     const last = this.partial.at(-1);
     const earliest = Math.max(last ? Math.round(last.end * RATE) : this.#lastEnd, this.#origin);
@@ -196,16 +196,15 @@ export class Timeline {
     const noise = this.#noise([[spoken - NEAR, spoken]], true);
     const loud = this.#readings(first, spoken + 2 * FRAME).map((db) => db > noise);
     const expected = Math.floor((spoken - FRAME / 2 - first) / HOP); // index of the reading behind the word's end
-    let stop = Math.max(expected, 1);
-    let nearest = (2 * FRAME) / HOP + 1;
-    for (let i = 1; i < loud.length; i++) { // where the sound falls silent near there is the end
+    let stop = Math.max(expected, 1), nearest = (2 * FRAME) / HOP + 1;
+    for (let i = 1; i < loud.length; i++) { // the end is where the sound falls silent, if that is near
       if (loud[i - 1] && !loud[i] && Math.abs(i - expected) < nearest) {
         nearest = Math.abs(i - expected);
         stop = i;
       }
     }
     let start = stop;
-    while (start > 0 && loud.slice(Math.max(0, start - 7), start).includes(true)) start--; // under 140 ms: a plosive
+    while (start > 0 && loud.slice(Math.max(0, start - 7), start).includes(true)) start--; // < 140 ms: a plosive
     while (start < stop - 1 && !loud[start]) start++;
     const end = Math.max(first + stop * HOP, earliest + HOP);
     return [Math.max(earliest, Math.min(first + start * HOP, end - HOP)), end];
@@ -232,7 +231,7 @@ export class Timeline {
     return [level, Math.ceil(start / HOP) * HOP + readings.indexOf(level) * HOP];
   }
 
-  /** Level in dB under which sound counts as silence: in the last 30 s, and beside each of the spans `voices`. */
+  /** Level in dB below which sound is silence, from the last 30 s and from each of the spans `voices`. */
   #noise(voices, edge = false) {
     if (this.received - this.#noiseAt >= RATE / 2) {
       this.#noiseAt = this.received;

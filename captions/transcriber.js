@@ -1,40 +1,39 @@
-// One transcription over as many sessions of /v1/realtime as it takes: resume, rollover, watchdog. No DOM.
-// The state machine is that of voxtral_client/transcriber.py: every new session goes on from the committed
-// point of the timeline, sends the audio from there again and replaces the partial words.
+// One transcription, in one session of /v1/realtime after another: resume, rollover, watchdog. No DOM. The state
+// machine is that of voxtral_client/transcriber.py: a new session continues from the commit point. It sends the audio
+// from there again, and its words replace the partial words.
 
 import { FRAME, RATE, Timeline, WORDLESS_SECONDS } from "./timeline.js";
 
 const AHEAD = 5 * RATE; // audio in flight: enough to keep the server busy, little to send again
 const PIECE = RATE / 4; // audio in one message at most
-const ROLLOVER_SECONDS = 75; // on a stock server a frame costs more with every frame before it
-const FLAT_ROLLOVER_SECONDS = 300; // where it does not: eight sessions of that length fit beside each other on 12 GB
-const STALL_MS = 20000; // a loaded server answers within 1 s; a first request may compile for some more
-const BLANKS_SECONDS = 20; // speech without a word: nobody talks so long without one
-const BLANKS_MAX_SECONDS = 80; // music and noise are examined less and less often
+const ROLLOVER_SECONDS = 75; // in stock vLLM each frame of a session takes longer than the one before
+const FLAT_ROLLOVER_SECONDS = 300; // where it does not; eight such sessions fit on 12 GB
+const STALL_MS = 20000; // a loaded server answers within 1 s; the first request may take longer, because it compiles
+const BLANKS_SECONDS = 20; // speech without a word: nobody talks for so long without one
+const BLANKS_MAX_SECONDS = 80; // the check of music and noise becomes less frequent, up to this
 const KEEP_SECONDS = 300; // audio kept through an outage: 9.6 MB
-const MAX_DELAY = 3 * RATE; // a model with the longest delay waits for so much audio before it speaks
-const FLUSH = RATE / 4; // `done` is complete if it speaks of so much beyond the input
-const ANSWER_MS = 10000; // for /v1/models, and for the handshake with its session.created
-const PROMPT_TOKENS = 80; // of a session's length: start, padding and delay, and reserve
+const MAX_DELAY = 3 * RATE; // the longest delay of the model: it needs so much audio before its first text
+const FLUSH = RATE / 4; // `done` is complete if the deltas reach so far beyond the input
+const ANSWER_MS = 10000; // longest wait for /v1/models, and for session.created
+const PROMPT_TOKENS = 80; // of the session's tokens: start, padding, delay, and a reserve
 
-/** Trying again is useless. `key`: because the server wants a key, or another one. */
+/** Trying again is useless. `key`: the key is missing or wrong. */
 export class Refused extends Error {
   constructor(message, key = false) { super(message); this.key = key; }
 }
 
-/** A new session may go on where this one stopped. `busy`: once the server has a free one. */
+/** A new session can continue where this one stopped. `busy`: all sessions of the server are taken. */
 export class SessionLost extends Error {
   constructor(message, busy = false) { super(message); this.busy = busy; }
 }
 
-// A browser says nothing of a refused WebSocket but 1006. The server has just answered, so it is there and has the key.
-const SHUT = "the server answers but lets this page open no WebSocket: is there a proxy that does not pass on Host?";
-
+// A browser gives no reason for a refused WebSocket. The server has just answered over HTTP and accepted the key.
+const SHUT = "the server answers but lets this page open no WebSocket: does a proxy change the Host header?";
 const WRONG = "wrong path, or an origin that is not let in (HTTP 403)";
 
 /**
- * Ask the server whose realtime endpoint is `url` (http or https) what it serves: {id, max_model_len, voxtral_speed},
- * the last one true where a frame costs the same however long the session is. Throws Refused or SessionLost.
+ * Ask the server whose realtime endpoint is `url` (http or https) which model it serves: {id, max_model_len,
+ * voxtral_speed}; the last is true if long sessions do not become slower. Throws Refused or SessionLost.
  */
 export async function model(url, key) {
   let reply;
@@ -53,11 +52,11 @@ export async function model(url, key) {
   return models[0];
 }
 
-/** Timers that also go off when sound arrives: browsers let those of a tab in the background wait for a minute. */
+/** Timers that are also checked when sound arrives: browsers delay those of a background tab by up to a minute. */
 class Alarms {
   #set = new Set();
 
-  /** Wait so long, or until `ring`. */
+  /** Wait for so long, or until `ring`. */
   async wait(milliseconds) {
     const alarm = { due: Date.now() + milliseconds };
     const waiting = new Promise((resolve) => { alarm.ring = resolve; });
@@ -68,14 +67,14 @@ class Alarms {
     this.#set.delete(alarm);
   }
 
-  /** End all waits that are over. */
+  /** End the waits whose time has come. */
   check() { for (const { due, ring } of this.#set) if (Date.now() >= due) ring(); }
 
   /** End all waits. */
   ring() { for (const { ring } of this.#set) ring(); }
 }
 
-/** One WebSocket, one session. Messages wait in a queue until `receive` asks for them. */
+/** One WebSocket, one session. Messages wait in a queue for `receive`. */
 class Session {
   #queue = [];
   #alarms;
@@ -85,7 +84,6 @@ class Session {
     this.socket = new WebSocket(url.replace("http", "ws"), way);
     this.socket.onmessage = ({ data }) => this.#put(parsed(data));
     this.socket.onopen = () => { this.opened = true; };
-    this.socket.onerror = () => {}; // onclose follows
     this.socket.onclose = ({ code, reason }) => {
       this.#put(new SessionLost(this.asked && !this.opened ? SHUT : `connection lost (${`${code} ${reason}`.trim()})`));
     };
@@ -100,7 +98,8 @@ class Session {
     if (event instanceof Error) throw event;
     if (event?.type !== "error") return event;
     if (event.error.includes("currently busy")) throw new SessionLost("all sessions of the server are taken", true);
-    if ((event.code ?? "processing_error") === "processing_error") throw new SessionLost(`server error: ${event.error}`);
+    const lost = (event.code ?? "processing_error") === "processing_error";
+    if (lost) throw new SessionLost(`server error: ${event.error}`);
     throw new Refused(`the server refused a message (${event.code}): ${event.error}`);
   }
 
@@ -128,28 +127,28 @@ function parsed(data) {
   }
 }
 
-/** How a browser brings the key: it cannot send the header, and the guard takes it from here (voxtral_web/guard.py). */
+/** The key as subprotocols, because a browser cannot send the header (vllm_plugin/voxtral_web/guard.py). */
 export function subprotocols(key) {
   const hex = Array.from(new TextEncoder().encode(key), (byte) => byte.toString(16).padStart(2, "0")).join("");
   return key ? ["voxtral", `key.${hex}`] : [];
 }
 
-/** PCM16 samples as base64; the protocol's samples are little-endian, as every browser's machine is. */
+/** PCM16 samples as base64. The protocol's samples are little-endian, and so is every machine with a browser. */
 function base64(samples) {
   return btoa(String.fromCharCode(...new Uint8Array(samples.buffer)));
 }
 
 /**
- * Words with times of what a microphone hears, whatever happens to the sessions underneath.
+ * Words with times of an audio stream, whatever happens to its sessions.
  * `on.state(state, message)`: "connecting", "listening", "waiting", "done". `on.words(words)`: final words, each once.
  * `on.partial(words)`: may still change. `on.lost(start, end)`: seconds of audio that were never transcribed.
- * In ms: `run` throws SessionLost `giveUp` after the last progress; a session is lost `stall` after the last delta,
- * or where it does not begin within `answer`. `way`: the second argument of WebSocket.
+ * Options, in ms: `giveUp` without progress, `stall` without a delta, `answer` without session.created. `way`: the
+ * second argument of WebSocket.
  */
 export class Transcriber {
   timeline = new Timeline();
   sessions = 0;
-  #url; #key; #on; #giveUp; #stall; #answer; #way; #model = null;
+  #url; #key; #on; #options; #model = null;
   #sent = 0; // end of the audio sent to the current session
   #ended = false; // no more audio comes
   #stopped = false;
@@ -159,14 +158,10 @@ export class Transcriber {
   #alarms = new Alarms();
 
   constructor(url, key, on, options = {}) {
-    const { giveUp = Infinity, stall = STALL_MS, answer = ANSWER_MS, way = subprotocols(key) } = options;
     this.#url = String(url);
     this.#key = key;
     this.#on = on;
-    this.#giveUp = giveUp;
-    this.#stall = stall;
-    this.#answer = answer;
-    this.#way = way;
+    this.#options = { giveUp: Infinity, stall: STALL_MS, answer: ANSWER_MS, way: subprotocols(key), ...options };
   }
 
   /** Seconds of audio received but not yet transcribed. */
@@ -184,20 +179,20 @@ export class Transcriber {
   /** No more audio comes: `run` returns when the last words are there. */
   end() { this.#ended = true; this.#feed(); }
 
-  /** Do not wait for the last words. */
+  /** Stop at once, without the last words. */
   stop() { this.#ended = this.#stopped = true; this.#session?.close(); this.#alarms.ring(); }
 
-  /** Run one session after the other until the input is transcribed. Throws Refused. */
+  /** Run one session after another until the input is transcribed. Throws Refused, or SessionLost after `giveUp`. */
   async run() {
     let failures = 0, furthest = 0, since;
     this.#on.state("connecting", "");
     while (!this.#stopped && !(this.#ended && this.timeline.received <= this.timeline.committed)) {
-      if (this.timeline.received <= this.timeline.committed) { // a session without audio would only hold its slot
+      if (this.timeline.received <= this.timeline.committed) { // a session without audio would only occupy a slot
         await this.#alarms.wait(100);
         continue;
       }
       try {
-        // Asked again after a failure: the socket's own refusal would not say why.
+        // Ask again after a failure: a WebSocket that is refused gives no reason.
         const ask = failures > 0 || !this.#model;
         if (ask) this.#model = await model(this.#url, this.#key);
         await this.#run(ask);
@@ -208,11 +203,11 @@ export class Transcriber {
         if (this.#stopped) break;
         this.#on.words(this.timeline.take());
         const { received, transcribed, sessionLength } = this.timeline;
-        const idle = !this.#ended && sessionLength > 0 && received - transcribed < MAX_DELAY; // nothing left to do
-        if (transcribed > furthest || idle || error.busy) failures = 0; // what is transcribed once more is no progress
+        const idle = !this.#ended && sessionLength > 0 && received - transcribed < MAX_DELAY; // the input pauses
+        if (transcribed > furthest || idle || error.busy) failures = 0; // a repetition is no progress
         furthest = Math.max(furthest, transcribed);
         if (!failures) since = Date.now();
-        if (Date.now() - since > this.#giveUp) throw new SessionLost(`gave up: ${error.message}`);
+        if (Date.now() - since > this.#options.giveUp) throw new SessionLost(`gave up: ${error.message}`);
         this.#on.state("waiting", `${error.message}${error.busy ? ": waiting for a free one" : "; trying again"}`);
         failures += error.busy ? 0 : 1;
         const wait = error.busy ? 2 : Math.min(8, 0.25 * 2 ** failures);
@@ -220,18 +215,18 @@ export class Transcriber {
       }
     }
     this.#on.words(this.timeline.take());
-    if (this.#stopped) this.#on.words(this.timeline.partial.splice(0)); // nothing replaces it any more
+    if (this.#stopped) this.#on.words(this.timeline.partial.splice(0)); // nothing replaces them any more
     this.#on.partial([]);
     this.#on.state("done", "");
   }
 
-  /** One session, until a new one should go on or all is transcribed. */
+  /** One session, until a new one must continue or all is transcribed. */
   async #run(asked) {
     this.sessions++;
-    const session = new Session(this.#url, this.#way, this.#alarms);
+    const session = new Session(this.#url, this.#options.way, this.#alarms);
     session.asked = asked;
     try {
-      await session.start(this.#model.id, this.#answer);
+      await session.start(this.#model.id, this.#options.answer);
       this.#sent = this.timeline.begin();
       this.#session = session;
       this.#lastDelta = Date.now();
@@ -249,10 +244,10 @@ export class Transcriber {
     }
   }
 
-  /** Send what there is, never more than AHEAD before the deltas. */
+  /** Send the audio that there is, at most AHEAD before the deltas. */
   #feed() {
     const { timeline } = this;
-    if (!this.#session || this.#sent < timeline.committed) return; // that audio was dropped
+    if (!this.#session || this.#sent < timeline.committed) return; // its audio was dropped
     while (this.#sent < Math.min(timeline.received, timeline.transcribed + AHEAD)) {
       const audio = timeline.audio(this.#sent, Math.min(PIECE, timeline.transcribed + AHEAD - this.#sent));
       this.#session.send("input_audio_buffer.append", { audio: base64(audio) });
@@ -264,16 +259,17 @@ export class Transcriber {
     }
   }
 
-  /** Book the next delta; return false where a new session should go on. */
+  /** Book the next delta; return false where a new session must continue. Throws SessionLost. */
   async #step(session) {
     const { timeline } = this;
     const committed = timeline.committed;
     const event = await session.receive(500);
-    if (timeline.transcribed < timeline.committed) return false; // the audio it is working on was dropped
+    if (timeline.transcribed < timeline.committed) return false; // its audio was dropped
     if (event === null) {
-      const starved = this.#sent - timeline.transcribed < MAX_DELAY && !this.#ended; // it has nothing to work on
+      const starved = this.#sent - timeline.transcribed < MAX_DELAY && !this.#ended; // the server has nothing to do
       if (starved) this.#lastDelta = Date.now();
-      if (Date.now() - this.#lastDelta > this.#stall) throw new SessionLost(`no answer for ${this.#stall / 1000} s`);
+      const { stall } = this.#options;
+      if (Date.now() - this.#lastDelta > stall) throw new SessionLost(`no answer for ${stall / 1000} s`);
       return true;
     }
     this.#lastDelta = Date.now();
@@ -282,8 +278,8 @@ export class Transcriber {
       if (this.#ended && timeline.transcribed >= timeline.received + FLUSH) timeline.finish();
       else {
         timeline.commitBetweenWords(); // the server's limit came first
-        const message = "the server ended the session before any word was final";
-        if (timeline.committed === committed) throw new SessionLost(message);
+        const lost = timeline.committed === committed;
+        if (lost) throw new SessionLost("the server ended the session before any word was final");
       }
       return false;
     }
@@ -293,7 +289,7 @@ export class Transcriber {
     return !this.#needsNewSession(event.delta, committed);
   }
 
-  /** Decide on rollover and on the run of blanks, and commit what can be. */
+  /** Is it time for a rollover, or is the model stuck without words? Commits what can be committed. */
   #needsNewSession(delta, committedBefore) {
     const { timeline } = this;
     const age = timeline.sessionLength / RATE;
@@ -301,7 +297,7 @@ export class Transcriber {
     const limit = tokens ? (Math.max(tokens - PROMPT_TOKENS, tokens / 2) * FRAME) / RATE : 2400;
     const longest = this.#model.voxtral_speed === true ? FLAT_ROLLOVER_SECONDS : ROLLOVER_SECONDS;
     const rollover = Math.min(longest, limit / 2);
-    if (this.#ended && this.#sent >= timeline.received && age <= limit) return false; // only a few frames are left
+    if (this.#ended && this.#sent >= timeline.received && age <= limit) return false; // only a few frames remain
     if (age > rollover && timeline.committed > committedBefore) return true;
     if (age > Math.min(limit, 4 * rollover)) { // talk without a pause, or music under it
       timeline.commitBetweenWords();

@@ -1,10 +1,10 @@
 // A complete client of the realtime endpoint for Dart 3.7 or newer and for Flutter on phones and desktops, without
-// packages (Flutter on the web has no dart:io). timeline.dart must lie beside it and says what is missing. See
-// PROTOCOL.md; the rules are those of voxtral_client/transcriber.py.
+// packages. Flutter on the web has no dart:io. timeline.dart must be in the same folder; its header says what differs
+// from the Python client. Otherwise the rules are those of voxtral_client/transcriber.py. See PROTOCOL.md.
 //
 //   dart examples/client.dart talk.wav [ws://HOST:8000/v1/realtime]     the key comes from VLLM_API_KEY
 //
-// talk.wav: 16 kHz, mono, 16 bit, with a header of 44 bytes. Prints each word with its end in seconds. In an app:
+// It prints each word of talk.wav (16 kHz, mono, 16 bit, header of 44 bytes) with its end in seconds. In an app:
 //
 //   final transcription = Transcription(Uri.parse(url), key: key, onWord: ..., onPartial: ..., onState: ...);
 //   transcription.add(samples);         // Int16List, 16 kHz mono, whenever there are some
@@ -18,9 +18,9 @@ import 'dart:typed_data';
 
 import 'timeline.dart';
 
-const ahead = 5 * rate; // audio in flight to the server, at most: little to send again
-const piece = rate ~/ 4; // audio in one message, at most
-const rollover = 75 * rate; // a session of stock vLLM gets slower with every frame: a new one at the next pause
+const ahead = 5 * rate; // longest audio ahead of the deltas: enough to keep the server busy, little to send again
+const piece = rate ~/ 4; // longest audio in one message
+const rollover = 75 * rate; // in stock vLLM each frame of a session takes longer than the one before
 const flatRollover = 300 * rate; // where /v1/models says that it does not
 const keep = 300 * rate; // audio kept through an outage: 9.6 MB
 
@@ -36,14 +36,15 @@ class Refused extends Failure {
   Refused(super.message);
 }
 
-/// A new session may go on where this one stopped. [busy]: once the server has a free one.
+/// A new session can continue where this one stopped. [busy]: all sessions of the server are taken.
 class SessionLost extends Failure {
   SessionLost(super.message, {this.busy = false});
   final bool busy;
 }
 
-/// One transcription over as many sessions as it takes. [onState] is told "connecting", "listening", "waiting" and why,
-/// "lost" and which audio, "done". [context]: certificates to trust. [giveUp]: after so long without progress.
+/// One transcription, in one session after another. States: "connecting", "listening", "waiting" with the reason,
+/// "lost" with the audio that was never transcribed, "done". [context]: certificates to trust. The longest times:
+/// [giveUp] without progress, [stall] without a delta, [answer] without a reply to a request.
 class Transcription {
   Transcription(Uri url,
       {this.key, this.model, this.context, required this.onWord, this.onPartial, this.onState,
@@ -111,7 +112,7 @@ class Transcription {
         onState?.call('connecting', '');
       } on SessionLost catch (lost) {
         final idle = !_ended && _timeline.frames > 0 && _timeline.received - _timeline.transcribed < 3 * rate;
-        // What is transcribed once more is no progress.
+        // A repetition is no progress.
         if (_timeline.transcribed > furthest || idle || lost.busy) failures = 0;
         furthest = max(furthest, _timeline.transcribed);
         if (failures == 0) since = _clock.elapsed;
@@ -126,7 +127,7 @@ class Transcription {
     onState?.call('done', '');
   }
 
-  /// Open a WebSocket; first [ask] what the server serves, if that is not known or something failed since.
+  /// Open a WebSocket; [ask] /v1/models first, if its answer is not known or may have changed.
   Future<WebSocket> _connect(bool ask) async {
     final http = HttpClient(context: context)
       ..connectionTimeout = answer
@@ -145,11 +146,11 @@ class Transcription {
     } on IOException {
       absent();
     } finally {
-      http.close(force: true); // a WebSocket that is open is no longer its own
+      http.close(force: true); // this does not close an open WebSocket
     }
   }
 
-  /// /v1/models tells a wrong key, the name of the model and the longest session.
+  /// Ask for the name of the model and the longest session; a wrong key is refused here.
   Future<void> _ask(HttpClient http) async {
     final path = url.path.replaceFirst(RegExp(r'/realtime$'), '/models');
     final request = await http.getUrl(url.replace(scheme: url.isScheme('wss') ? 'https' : 'http', path: path));
@@ -175,7 +176,7 @@ class Transcription {
         _ => Refused('no realtime server (HTTP $status)'),
       };
 
-  /// One session: returns where a new one should go on or all is done, throws SessionLost or Refused.
+  /// One session. Returns where a new one must continue or all is transcribed. Throws SessionLost or Refused.
   Future<void> _session(WebSocket socket) async {
     final timeline = _timeline, over = Completer<void>();
     socket.pingInterval = const Duration(seconds: 20);
@@ -185,7 +186,7 @@ class Transcription {
     void finish() => over.isCompleted ? null : over.complete();
     void fail(Object error) => over.isCompleted ? null : over.completeError(error);
 
-    /// A new session goes on between two words, for want of a pause.
+    /// Without a pause, the next session continues between two words.
     void cut() {
       final before = timeline.committed;
       tell(timeline.commitBetweenWords());
@@ -242,7 +243,7 @@ class Transcription {
       } on FormatException {
         fail(Refused('a message was not JSON'));
       } catch (error) {
-        fail(error); // of a callback
+        fail(error); // an error of a callback
       }
     }
 
@@ -250,7 +251,7 @@ class Transcription {
         onError: (Object error) => fail(SessionLost('connection lost ($error)')),
         onDone: () => fail(SessionLost('connection lost (${'${socket.closeCode} ${socket.closeReason}'.trim()})')));
     final watch = Timer.periodic(const Duration(milliseconds: 500), (_) {
-      final starved = started && sent - timeline.transcribed < 3 * rate && !_ended; // it has nothing to work on
+      final starved = started && sent - timeline.transcribed < 3 * rate && !_ended; // the server has nothing to do
       if (starved) answered = _clock.elapsed;
       final patience = started ? stall : answer;
       if (_clock.elapsed - answered > patience) fail(SessionLost('no answer for ${patience.inSeconds} s'));

@@ -2,8 +2,7 @@
 //
 //   node examples/client.js talk.wav [ws://HOST:8000/v1/realtime]      the key comes from VLLM_API_KEY
 //
-// talk.wav: 16 kHz, mono, 16 bit. It prints each word with its time in seconds. In an app:
-//
+// It prints each word of talk.wav (16 kHz, mono, 16 bit) with its end in seconds. In an app:
 //   const transcription = new Transcription(url, { key, onWord, onPartial, onState });
 //     // onWord({text, start, end}): final, in seconds; onPartial(text): may still change
 //     // onState(state, message): connecting, listening, waiting and why, lost and which audio, done
@@ -25,9 +24,9 @@ export class Transcription {
       partial: (words) => onPartial(words.map(({ text }) => text).join("")),
       lost: (start, end) => onState("lost", `audio from ${start.toFixed(1)} to ${end.toFixed(1)} s is lost`),
     };
-    const way = key && typeof window === "undefined" ? { headers: { Authorization: `Bearer ${key}` } } : undefined;
+    const node = key && typeof window === "undefined" && { way: { headers: { Authorization: `Bearer ${key}` } } };
     const endpoint = url.replace(/^ws/, "http").replace(/\/+$/, "");
-    this.#transcriber = new Transcriber(endpoint, key, on, { giveUp: 120e3, way, ...times });
+    this.#transcriber = new Transcriber(endpoint, key, on, { giveUp: 120e3, ...node, ...times });
     this.finished = this.#transcriber.run();
     this.finished.catch(() => {}).then(() => { this.#over = true; }); // an app may await it later
   }

@@ -1,4 +1,4 @@
-// Holds timeline.dart to the traces that Python writes: the same texts and commit points, ends of words to 0.25 s.
+// Compares timeline.dart with the traces that Python writes: the same texts and commit points, ends of words to 0.25 s.
 //
 //   dart examples/client_test.dart
 import 'dart:convert';

@@ -1,19 +1,20 @@
 // What was received, transcribed and committed: the part of client.dart without a network. The rules are those of
-// voxtral_client/timeline.py. Two things are missing: the starts of words, and the model stuck without words
-// (vllm#47614). The end of a word is that of its frame, up to 0.25 s off. client_test.dart replays tests/traces.json.
+// voxtral_client/timeline.py, with three differences: words have no start; their ends come from the frame alone, with
+// an error of up to 0.25 s; a model that is stuck without words (vllm#47614) is not detected. client_test.dart replays
+// the traces of tests/traces.json that do not need these.
 import 'dart:math';
 import 'dart:typed_data';
 
 const rate = 16000, frame = 1280, hop = 320; // samples: a second, one delta, one level reading
 const margin = 4 * frame; // the text of a word comes within 0.32 s of its end
 const pause = 3 * frame; // silence required on both sides of a commit point
-const maxTail = 30 * rate; // so much audio not yet committed without a pause is committed between two words
+const maxTail = 30 * rate; // longest audio without a commit point; then one is set between two words
 // Chinese and Japanese are written without spaces; Korean is not.
 final unspaced = RegExp(
     r'[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]',
     unicode: true);
 
-/// A word with its leading space. [at]: the sample of the whole input near which it ends.
+/// A word with its leading space. [at]: the sample of the input near which it ends.
 class Word {
   Word(this.text, this.at);
   String text;
@@ -21,7 +22,7 @@ class Word {
   double get end => max(0, at) / rate; // seconds
 }
 
-/// Positions are samples of the whole input, across all sessions.
+/// Audio received, transcribed and committed. Positions are samples of the input, across all sessions.
 class Timeline {
   int committed = 0, frames = 0, _origin = 0, _lastText = 0, _first = 0;
   String _spoken = ''; // the last character of the final text
@@ -100,7 +101,7 @@ class Timeline {
     return words;
   }
 
-  /// Is this silence? Measured against the noise of the last 30 s and the speech around.
+  /// Is this silence, compared with the noise of the last 30 s and the speech on both sides?
   bool _quiet(int start, int end) {
     final recent = _levels.sublist(max(0, _levels.length - 1500))..sort();
     if (recent.isEmpty) return true;
