@@ -63,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--audio_path", default=ROOT / "tests" / "tiny_checkpoint" / "sample.wav", metavar="FILE")
     parser.add_argument("--rollover-after", type=seconds, metavar="SECONDS", help="default: as the clients")
-    parser.add_argument("--text", type=Path, metavar="FILE", help="write the transcript to FILE")
+    parser.add_argument("--text", type=Path, metavar="FILE", help="keep the transcript, to see that it is right")
     add_server_options(parser)
     return run(measure(parser.parse_args(argv)))
 
