@@ -161,7 +161,7 @@ needs_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="needs vLLM: .
 # Files that go to one worker, because they share one of these servers.
 TOGETHER = {"test_serve": "test_captions", "test_faults": "test_protocol", "test_speed": "test_deploy"}
 # What takes longest begins first: what is left for the end should be short.
-LONGEST = "test_captions test_protocol test_microphone test_deploy test_openai test_session test_outputs".split()
+LONGEST = [f"test_{name}" for name in "captions protocol microphone clients deploy openai session outputs".split()]
 
 
 def group(nodeid: str) -> str:

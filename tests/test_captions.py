@@ -122,7 +122,7 @@ def test_captions_on_localhost_by_keyboard(server, speech):
             assert len(names["combobox"]) == len(names["meter"]) == len(names["log"]) == 1
             assert all(name.strip() for role in names.values() for name in role), names
             live = "[...document.querySelectorAll('[aria-live]')].map(e => e.id + e.getAttribute('aria-live'))"
-            assert await page.evaluate(live) == ["settledpolite"]
+            assert await page.evaluate(live) == ["finalpolite"]
             assert await page.locator("[aria-live] #partial").count() == 0
             for scheme in ("light", "dark"):
                 await page.emulate_media(color_scheme=scheme)

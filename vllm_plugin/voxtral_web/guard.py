@@ -61,7 +61,7 @@ class Guard:
         if refusal := self._refusal(scope, headers):
             return await refusal(scope, receive, send)
         if scope["type"] != "websocket":
-            return await self.app(scope, receive, explained(scope, receive, send))
+            return await self.app(scope, receive, with_openai_errors(scope, receive, send))
         offered = scope.get("subprotocols", [])
         try:
             keys = [bytes.fromhex(name.removeprefix(KEY)) for name in offered if name.startswith(KEY)]
@@ -146,7 +146,7 @@ def split(url: str) -> SplitResult:
         return urlsplit("")
 
 
-def explained(scope: Scope, receive: Receive, send: Send) -> Send:
+def with_openai_errors(scope: Scope, receive: Receive, send: Send) -> Send:
     """Return a `send` that replaces vLLM's response 401 by an error in OpenAI's form."""
     refused = False
 

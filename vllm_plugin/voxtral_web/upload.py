@@ -58,11 +58,11 @@ class Failure(Exception):
 
 
 @dataclass
-class Order:
+class Form:
     """The checked form."""
 
     file: UploadFile
-    form: str  # one of FORMATS
+    format: str  # one of FORMATS
     granularities: list[str]
     stream: bool
     language: str
@@ -92,7 +92,7 @@ class Uploads:
         self._free = max(1, share // max(1, args.api_server_count or 1))
         self._freed = asyncio.Condition()
         self._places = asyncio.Semaphore(AT_ONCE)
-        url = f"{'wss' if args.ssl_certfile else 'ws'}://{reachable(args.host)}:{args.port}/v1/realtime"
+        url = f"{'wss' if args.ssl_certfile else 'ws'}://{local_host(args.host)}:{args.port}/v1/realtime"
         self._command = ["nice", "-n", "5", sys.executable, str(CLIENT), "--url", url]
         self._command += "--format jsonl --output - --quiet".split()
         if args.ssl_certfile:  # the server is this machine; the certificate may lack this address
@@ -104,14 +104,14 @@ class Uploads:
             try:
                 if not CLIENT.is_file():
                     raise Failure(501, "the file client is missing: set VOXTRAL_HOME", "not_served")
-                order = await self._receive(request, stack)
-                return await unless_gone(request, self._answer(request, order, stack))
+                form = await self._receive(request, stack)
+                return await unless_disconnected(request, self._answer(request, form, stack))
             except Failure as failure:
                 return failure.answer
             except ClientDisconnect:
                 return Response(status_code=499)  # for the access log only, as nginx does
 
-    async def _receive(self, request: Request, stack: AsyncExitStack) -> Order:
+    async def _receive(self, request: Request, stack: AsyncExitStack) -> Form:
         """Return the form; its file is on disk. Raises Failure."""
         if self._places.locked():
             raise Failure(503, "too many files at once", "server_busy")
@@ -129,7 +129,7 @@ class Uploads:
         stack.push_async_callback(form.close)
         return self._checked(form)
 
-    def _checked(self, form: FormData) -> Order:
+    def _checked(self, form: FormData) -> Form:
         """Return the form's fields. Raises Failure."""
         file, model = form.get("file"), str(form.get("model") or "")
         if not isinstance(file, UploadFile):
@@ -149,31 +149,31 @@ class Uploads:
         stream = str(form.get("stream") or "").lower() in ("true", "1")
         if stream and kind not in ("json", "text"):
             raise Failure(400, f"stream=true goes with response_format json, not {kind}", "invalid_form", "stream")
-        return Order(file, kind, granularities or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
+        return Form(file, kind, granularities or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
 
-    async def _answer(self, request: Request, order: Order, stack: AsyncExitStack) -> Response:
+    async def _answer(self, request: Request, form: Form, stack: AsyncExitStack) -> Response:
         """Transcribe. Return the response; for `stream` it continues while words become final. Raises Failure."""
-        items = await stack.enter_async_context(aclosing(self._transcribe(request, order)))
+        items = await stack.enter_async_context(aclosing(self._transcribe(request, form)))
         item = await anext(items)  # an error in the file becomes the HTTP status, also with `stream`
-        if order.stream:
+        if form.stream:
             return Stream(events(item, items), stack.pop_all())
         while not isinstance(item, Transcript):
             item = await anext(items)
         transcript = item
         headers = {"X-Transcript-Warning": ascii(transcript.warning)[1:-1]} if transcript.warning else {}
-        return Response(written(transcript, order), media_type=FORMATS[order.form], headers=headers)
+        return Response(body(transcript, form), media_type=FORMATS[form.format], headers=headers)
 
-    async def _transcribe(self, request: Request, order: Order) -> AsyncIterator[Any]:
+    async def _transcribe(self, request: Request, form: Form) -> AsyncIterator[Any]:
         """Yield the words as they become final, and a Transcript last. Raises Failure."""
-        await asyncio.to_thread(order.file.file.rollover)
-        path = f"/proc/{os.getpid()}/fd/{order.file.file.fileno()}"
+        await asyncio.to_thread(form.file.file.rollover)
+        path = f"/proc/{os.getpid()}/fd/{form.file.file.fileno()}"
         scheme, _, key = request.headers.get("authorization", "").partition(" ")
         environment = os.environ | {"VLLM_API_KEY": key if scheme.lower() == "bearer" else "", "no_proxy": "*"}
         words, summary = [], None
         async with self._sessions() as count:
             command = [*self._command, "--parallel", str(count), path]
             async with process(command, environment) as client:
-                watching = asyncio.create_task(end_with(request.app.state, client))
+                watching = asyncio.create_task(kill_when_stopping(request.app.state, client))
                 errors = asyncio.create_task(client.stderr.read())
                 async for line in client.stdout:
                     entry = json.loads(line)
@@ -189,7 +189,7 @@ class Uploads:
         error = (summary or {}).get("error") or (None if summary else lines[-1] if lines else "the file client failed")
         if error and not error.startswith(path):
             raise Failure(503, error.removeprefix("error: "), "server_error")
-        error = error and error.replace(path, order.file.filename or "the file")
+        error = error and error.replace(path, form.file.filename or "the file")
         if error and not words:
             raise Failure(400, error, "invalid_audio", "file")
         yield Transcript(words, summary["seconds"], error)
@@ -227,7 +227,7 @@ class Stream(StreamingResponse):
             await super().__call__(scope, receive, send)
 
 
-async def unless_gone(request: Request, work: Any) -> Response:
+async def unless_disconnected(request: Request, work: Any) -> Response:
     """Return the result of the coroutine `work`. Cancel it and raise ClientDisconnect if the client disconnects."""
 
     async def gone() -> None:
@@ -278,11 +278,11 @@ async def process(command: list[str], environment: dict[str, str]) -> AsyncItera
     try:
         yield program
     finally:
-        end(program)
+        kill(program)
         await program.wait()
 
 
-def end(program: asyncio.subprocess.Process) -> None:
+def kill(program: asyncio.subprocess.Process) -> None:
     """Kill a program and its child processes, if it still runs."""
     with suppress(ProcessLookupError):
         if program.returncode is None:
@@ -294,15 +294,15 @@ def stopping(state: Any) -> bool:
     return getattr(getattr(state, "server", None), "should_exit", False)
 
 
-async def end_with(state: Any, program: asyncio.subprocess.Process) -> None:
+async def kill_when_stopping(state: Any, program: asyncio.subprocess.Process) -> None:
     """Kill a program when the server is stopping, because the server waits for its responses before it ends."""
     while program.returncode is None:
         if stopping(state):
-            return end(program)
+            return kill(program)
         await asyncio.sleep(0.5)
 
 
-def reachable(host: str | None) -> str:
+def local_host(host: str | None) -> str:
     """Return the host under which a program on this machine reaches a server that listens on `host`."""
     try:
         address = ipaddress.ip_address(host or "0.0.0.0")
@@ -325,28 +325,28 @@ def client_module(name: str) -> Any:
     return __import__(f"voxtral_client.{name}", fromlist=[name])
 
 
-def written(transcript: Transcript, order: Order) -> str | bytes:
+def body(transcript: Transcript, form: Form) -> str | bytes:
     """Return the body of the response."""
-    if order.form == "text":
+    if form.format == "text":
         return transcript.text + "\n"
-    if order.form in ("srt", "vtt"):
-        writer = client_module("subtitles").FORMATS[order.form](file := BytesIO(), standard=True)  # leaves it open
+    if form.format in ("srt", "vtt"):
+        writer = client_module("subtitles").FORMATS[form.format](file := BytesIO(), standard=True)  # leaves it open
         for word in transcript.words:
             writer.write(word)
         writer.close()
         return file.getvalue()
     answer = {"text": transcript.text}
-    if order.form == "verbose_json":
-        answer |= {"task": "transcribe", "language": order.language, "duration": transcript.seconds}
-        if "segment" in order.granularities:
+    if form.format == "verbose_json":
+        answer |= {"task": "transcribe", "language": form.language, "duration": transcript.seconds}
+        if "segment" in form.granularities:
             answer["segments"] = list(segments(transcript.words))
-        if "word" in order.granularities:
+        if "word" in form.granularities:
             timed = ({"word": word.text.strip(), "start": word.start, "end": word.end} for word in transcript.words)
             answer["words"] = list(timed)
-    return json.dumps(answer | ending(transcript), ensure_ascii=False)
+    return json.dumps(answer | shared_fields(transcript), ensure_ascii=False)
 
 
-def ending(transcript: Transcript) -> dict:
+def shared_fields(transcript: Transcript) -> dict:
     """Return the fields that all JSON responses have."""
     usage = {"usage": {"type": "duration", "seconds": transcript.seconds}, "complete": transcript.warning is None}
     return usage | ({"warning": transcript.warning} if transcript.warning else {})
@@ -371,7 +371,7 @@ async def events(item: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
         while not isinstance(item, Transcript):
             yield event("transcript.text.delta", delta=item.text if begun else item.text.lstrip())
             begun, item = True, await anext(items)
-        yield event("transcript.text.done", text=item.text, **ending(item))
+        yield event("transcript.text.done", text=item.text, **shared_fields(item))
         yield "data: [DONE]\n\n"
     except Failure as failure:
         yield f"data: {failure.answer.body.decode()}\n\n"
