@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from clients import NOT_PYTHON, dart, drive, needs_dart
 from conftest import CHECKPOINT, ROOT, free_port, run_script
+from proxy import Proxy
 from scripted import Ear, Scripted, ScriptedServer, scripted, tones
 
 from voxtral_client import session
@@ -433,6 +434,21 @@ def test_server_that_is_absent_full_and_restarted(audio, client):
         told = "; ".join(result["told"])
         assert [told.count(text) for text in ("no server answers", "all sessions of the server are taken")] == [3, 1]
         assert told.count("connection lost") == 3
+
+
+@pytest.mark.parametrize("client", NOT_PYTHON)
+def test_connection_that_freezes(audio, client):
+    """Nothing passes any more, not even the closing of the connection; the next one is not held up."""
+
+    async def run() -> dict:
+        async with ScriptedServer(hearing()) as server, Proxy(server.port, [(40, "stall")]) as proxy:
+            job = {"url": proxy.url, "path": audio(tones(8)), "stall": 3}
+            (result,) = await asyncio.to_thread(drive, client, job)
+            return result | {"sessions": proxy.sessions}
+
+    result = asyncio.run(asyncio.wait_for(run(), 60))
+    assert (result["end"], result["text"], result["sessions"]) == ("done", "".join(DIGITS[:8]), 2)
+    assert result["told"] == ["no answer for 3 s; trying again"]
 
 
 # --- examples/client.dart from the command line ---
