@@ -129,9 +129,7 @@ class Transcription {
 
   /// Open a WebSocket; [ask] /v1/models first, if its answer is not known or may have changed.
   Future<WebSocket> _connect(bool ask) async {
-    final http = HttpClient(context: context)
-      ..connectionTimeout = answer
-      ..findProxy = null; // a server at home needs no proxy
+    final http = HttpClient(context: context)..connectionTimeout = answer..findProxy = null; // at home: no proxy
     Never absent() => throw SessionLost('no server answers');
     try {
       if (ask) await _ask(http).timeout(answer, onTimeout: absent);
