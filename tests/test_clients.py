@@ -174,8 +174,9 @@ def test_connection_that_freezes(audio, client):
             return result | {"sessions": proxy.sessions}
 
     result = asyncio.run(asyncio.wait_for(run(), 60))
-    assert (result["end"], result["text"], result["sessions"]) == ("done", "".join(DIGITS[:8]), 2)
-    assert result["told"] == ["no answer for 3 s; trying again"]
+    assert (result["end"], result["text"]) == ("done", "".join(DIGITS[:8]))
+    assert "no answer for 3 s; trying again" in result["told"]
+    assert result["sessions"] >= 2
 
 
 # --- examples/client.dart from the command line ---
