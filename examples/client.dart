@@ -106,7 +106,7 @@ class Transcription {
       while (_timeline.received <= _timeline.committed && !_ended) await _change.future;
       if (_timeline.received <= _timeline.committed) break;
       try {
-        _timeline.begin();
+        _timeline.begin(); // or an earlier session would count as idle
         await _session(await _connect(failures > 0 || _limit == 0));
         failures = 0;
         onState?.call('connecting', '');
@@ -129,9 +129,7 @@ class Transcription {
 
   /// Open a WebSocket; [ask] /v1/models first, if its answer is not known or may have changed.
   Future<WebSocket> _connect(bool ask) async {
-    final http = HttpClient(context: context)
-      ..connectionTimeout = answer
-      ..findProxy = null; // a server at home needs no proxy
+    final http = HttpClient(context: context)..connectionTimeout = answer..findProxy = null; // at home: no proxy
     Never absent() => throw SessionLost('no server answers');
     try {
       if (ask) await _ask(http).timeout(answer, onTimeout: absent);
@@ -180,7 +178,7 @@ class Transcription {
   Future<void> _session(WebSocket socket) async {
     final timeline = _timeline, over = Completer<void>();
     socket.pingInterval = const Duration(seconds: 20);
-    var sent = timeline.committed, finishing = false, started = false, answered = _clock.elapsed;
+    var sent = timeline.begin(), finishing = false, started = false, answered = _clock.elapsed;
     void send(String type, [Map<String, Object?> more = const {}]) => socket.add(jsonEncode({'type': type, ...more}));
     void tell(List<Word> words) => words.forEach(onWord);
     void finish() => over.isCompleted ? null : over.complete();
@@ -247,9 +245,10 @@ class Transcription {
       }
     }
 
+    String closing() => '${socket.closeCode ?? 1006} ${socket.closeReason ?? ''}'.trim();
     socket.listen(take,
         onError: (Object error) => fail(SessionLost('connection lost ($error)')),
-        onDone: () => fail(SessionLost('connection lost (${'${socket.closeCode} ${socket.closeReason}'.trim()})')));
+        onDone: () => fail(SessionLost('connection lost (${closing()})')));
     final watch = Timer.periodic(const Duration(milliseconds: 500), (_) {
       final starved = started && sent - timeline.transcribed < 3 * rate && !_ended; // the server has nothing to do
       if (starved) answered = _clock.elapsed;

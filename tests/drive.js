@@ -41,4 +41,5 @@ function captions(url, key, word, state, times) {
 }
 
 const jobs = JSON.parse(readFileSync(0, "utf8"));
-console.log(JSON.stringify(await Promise.all(jobs.map(run))));
+const results = JSON.stringify(await Promise.all(jobs.map(run)));
+process.stdout.write(results, () => process.exit()); // Node would wait for WebSockets whose server does not close them

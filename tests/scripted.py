@@ -124,6 +124,14 @@ class Ear:
         return self._texts[number].lstrip() if self._bare else self._texts[number]
 
 
+DIGITS = [f" number{i}" for i in range(190)]
+
+
+def hearing(texts: list[str] = DIGITS, bare: bool = False) -> Callable[[], Scripted]:
+    """What makes the sessions of a server that understands `tones`."""
+    return lambda: Scripted(speak=Ear(texts, bare))
+
+
 TONE = round(0.4 * RATE)
 
 

@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 from clients import DART, DART_TOO, NODE, drive, needs_dart
 from conftest import ROOT
-from scripted import Ear, Scripted, ScriptedServer, scripted, tones
+from scripted import ScriptedServer, hearing, scripted, tones
 
 from voxtral_client.audio import to_pcm16
 from voxtral_client.timeline import Timeline
@@ -99,7 +99,6 @@ TRACES = {
     ],
 }
 
-TEXTS = [f" number{i}" for i in range(36)]
 SPEECH = 46  # so many deltas end within a word, the fourth
 GONE, BUSY = {"gone": True}, {"after": 0, "error": "The engine is currently busy.", "code": "processing_error"}
 DEAD = {"after": SPEECH, "error": "EngineCore encountered an issue.", "code": "processing_error"}
@@ -174,8 +173,7 @@ def run_sessions(client: str, folder: Path) -> dict[str, dict]:
     with contextlib.ExitStack() as stack:
         servers, jobs = [], []
         for number, trace in enumerate(SESSIONS.values()):
-            make = lambda: Scripted(speak=Ear(TEXTS))  # noqa: E731
-            servers.append(stack.enter_context(scripted(make, **trace.get("server", {}))))
+            servers.append(stack.enter_context(scripted(hearing(), **trace.get("server", {}))))
             path = folder / str(number)
             path.write_bytes(to_pcm16(tones(**{"count": 6} | trace.get("audio", {}))))
             jobs.append({"url": servers[-1].url, "path": path} | trace.get("client", {}))
