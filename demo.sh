@@ -18,6 +18,7 @@ log=$(mktemp)
 sample=tests/tiny_checkpoint/sample
 
 unset TLS_CERT TLS_KEY TRANSCRIPTION_DELAY_MS QUANTIZATION SERVED_MODEL_NAME # the user may have exported them for another server
+export OMP_NUM_THREADS=${OMP_NUM_THREADS:-1} # more threads only wait for each other: the model is too small
 MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEMORY_UTILIZATION=0.3 CPU_KVCACHE_GB=1 \
   setsid ./serve.sh > "$log" 2>&1 &
 server=$!
