@@ -35,7 +35,7 @@ def _dart_runs() -> bool:
 
 
 needs_dart = pytest.mark.skipif(not _dart_runs(), reason="needs the Dart VM: scripts/install-test-tools")
-DART_TOO = pytest.param("dart", marks=needs_dart)
+DART_TOO = pytest.param("dart", marks=[needs_dart, pytest.mark.slow])
 NOT_PYTHON = ["captions", "example", DART_TOO]  # the page's client, examples/client.js, examples/client.dart
 
 

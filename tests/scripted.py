@@ -127,9 +127,9 @@ class Ear:
 DIGITS = [f" number{i}" for i in range(190)]
 
 
-def hearing(texts: list[str] = DIGITS, bare: bool = False) -> Callable[[], Scripted]:
+def hearing(texts: list[str] = DIGITS) -> Callable[[], Scripted]:
     """What makes the sessions of a server that understands `tones`."""
-    return lambda: Scripted(speak=Ear(texts, bare))
+    return lambda: Scripted(speak=Ear(texts))
 
 
 TONE = round(0.4 * RATE)

@@ -250,6 +250,7 @@ def test_javascript_makes_the_same_timelines():
             assert other["then"] == step["then"], f"{name}, step {number}: {step['do']}"
 
 
+@pytest.mark.slow
 @needs_dart
 def test_dart_makes_the_same_timelines():
     result = subprocess.run([DART, ROOT / "examples" / "client_test.dart"], capture_output=True, text=True, timeout=60)

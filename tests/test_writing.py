@@ -20,7 +20,7 @@ import pytest
 import soundfile
 from conftest import CHECKPOINT, ROOT, run_script
 from speaker import speaking
-from speech import talk, write
+from speech import sparse_silence, talk, write
 
 from voxtral_client.media import AudioFile
 from voxtral_client.pool import HELD, Pool, cut, limits
@@ -78,7 +78,7 @@ def test_standard_output_is_only_appended_to(speaker, tmp_path, form):
 @pytest.mark.parametrize("parallel", [1, 4])
 def test_interrupted_is_not_complete(tmp_path, parallel):
     with speaking() as slow:
-        path, out = silence(tmp_path / "a.wav", 3000), tmp_path / "a.json"
+        path, out = sparse_silence(tmp_path / "a.wav", 3000), tmp_path / "a.json"
         process = started(slow, path, "-o", out, "--parallel", parallel)
         while not (out.exists() and len(out.read_bytes()) > 200):
             assert process.poll() is None
@@ -100,7 +100,7 @@ def test_interrupted_is_not_complete(tmp_path, parallel):
 @pytest.mark.parametrize("when", ["connecting", "waiting", "running"])
 def test_sigterm_ends_within_a_second(tmp_path, when):
     with speaking(silent=when == "waiting") as speaker:
-        path = silence(tmp_path / "a.wav", 3000)
+        path = sparse_silence(tmp_path / "a.wav", 3000)
         process = started(speaker, path, "-f", "jsonl", "-o", "-", "--quiet", "--parallel", 2)
         if when == "running":
             process.stdout.readline()
