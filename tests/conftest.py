@@ -178,7 +178,7 @@ class Groups(LoadScopeScheduling):
 
 
 def pytest_xdist_make_scheduler(config, log):
-    return Groups(config, log)
+    return Groups(config, log) if config.getoption("dist") == "loadscope" else None
 
 
 def pytest_configure(config):

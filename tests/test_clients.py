@@ -90,7 +90,7 @@ def test_every_script_keeps_its_spaces(audio, client):
     asyncio.run(asyncio.wait_for(run(), 250))
 
 
-ENTRIES = [  # what /v1/models says, and how many sessions 100 s of talk take then
+ENTRIES = [  # what /v1/models says, and how many sessions 90 s of talk take then
     ({}, 2),  # stock vLLM
     ({"voxtral_speed": True}, 1),
     ({"voxtral_speed": True, "max_model_len": 1024}, 3),
@@ -102,8 +102,8 @@ def test_rollover_depends_on_the_server(audio, client):
     """A session of a stock server gets slower as it grows; one that does not is left in peace, as /v1/models says."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(scripted(hearing(), entry=entry)) for entry, _ in ENTRIES]
-        results = drive(client, *[{"url": server.url, "path": audio(tones(100))} for server in servers])
-        assert [result["text"] for result in results] == ["".join(DIGITS[:100])] * 3
+        results = drive(client, *[{"url": server.url, "path": audio(tones(90))} for server in servers])
+        assert [result["text"] for result in results] == ["".join(DIGITS[:90])] * 3
         assert [len(server.sessions) for server in servers] == [sessions for _, sessions in ENTRIES]
 
 

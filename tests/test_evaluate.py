@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from conftest import ROOT, run_script
 from speaker import speaking
-from speech import talk, write
+from speech import sparse_silence, talk, write
 
 from voxtral_client import UserError
 from voxtral_measure import evaluate, word_errors
@@ -241,7 +241,7 @@ def test_a_large_folder_is_read_once(tmp_path):
 def test_the_first_interrupt_keeps_what_was_scored(tmp_path):
     with speaking() as speaker:
         for number in range(60):
-            write(tmp_path / f"{number}.wav", np.zeros(60 * 16000))
+            sparse_silence(tmp_path / f"{number}.wav", 60)
             (tmp_path / f"{number}.txt").write_text("one two three")
         command = [
             sys.executable,
