@@ -22,6 +22,7 @@ CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_check
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # scripts/: a microphone and a browser
 for name in re.findall(r"^#   ([A-Z][A-Z0-9_]+)", (ROOT / "serve.sh").read_text(), re.M):
     os.environ.pop(name, None)  # what the user has exported for a server of his own: VLLM_API_KEY, PORT
+os.environ["OMP_NUM_THREADS"] = "1"  # enough for so small a model; several servers run on two cores
 os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the tests run vLLM's CPU build, whatever else is here
 if sys.prefix != sys.base_prefix:
     os.environ["VOXTRAL_VENV"] = sys.prefix  # which may be another one than .venv: see scripts/cpu-venv
@@ -49,7 +50,6 @@ class ServerProcess:
             "PORT": str(self.port),
             "QUANTIZATION": "none",
             "CPU_KVCACHE_GB": "1",
-            "OMP_NUM_THREADS": "1",  # enough for so small a model; the tests run two servers and more on two cores
             "HF_HUB_OFFLINE": "1",
             **environment,
         }
@@ -128,9 +128,9 @@ def sharing(process: ServerProcess) -> Iterator[ServerProcess]:
 
 @pytest.fixture(scope="session")
 def brief(tmp_path_factory):
-    """A server with the key `sesame`, whose sessions end after 217 deltas, 17 s."""
-    log = tmp_path_factory.mktemp("brief") / "log"
-    with sharing(ServerProcess(log, VLLM_API_KEY="sesame", MAX_MODEL_LEN="256")) as process:
+    """A server with the key `sesame`, whose sessions end after 217 deltas, 17 s. Its memory holds three of them."""
+    log, memory = tmp_path_factory.mktemp("brief") / "log", ("--num-gpu-blocks-override", "16")
+    with sharing(ServerProcess(log, *memory, VLLM_API_KEY="sesame", MAX_MODEL_LEN="256")) as process:
         yield process
 
 
@@ -192,7 +192,9 @@ def pytest_collection_modifyitems(items):
             item.add_marker("slow")
         if "launch" in item.fixturenames:
             item.add_marker(needs_vllm)
-    items.sort(key=lambda item: [*LONGEST, group(item.nodeid)].index(group(item.nodeid)))
+    # test_deploy.py kills `stock` and leaves it so: after test_speed.py nobody needs it any more.
+    place = {item: (*LONGEST, group(item.nodeid)).index(group(item.nodeid)) for item in items}
+    items.sort(key=lambda item: (place[item], "test_deploy.py" in item.nodeid))
 
 
 @pytest.fixture(autouse=True)

@@ -5,9 +5,12 @@ death the process is killed.
 """
 
 import asyncio
+import subprocess
+import sys
 import time
 
 import pytest
+from conftest import CHECKPOINT, ROOT
 from proxy import Proxy
 from speech import talk, write
 
@@ -16,6 +19,8 @@ from voxtral_client.media import AudioFile
 from voxtral_client.session import Server
 from voxtral_client.timeline import Word
 from voxtral_client.transcriber import GaveUp, Transcriber
+
+SAMPLE = CHECKPOINT / "sample.wav"
 
 
 class Observed(Transcriber):
@@ -164,6 +169,19 @@ def test_all_slots_taken(server, recording, undisturbed):
 
     words, _ = asyncio.run(scenario())
     assert_same(words, undisturbed)
+
+
+def test_memory_for_sessions_runs_out(brief):
+    """More sessions than the KV cache holds: some end with an error and go on, none is lost or silent."""
+    begun = brief.log.stat().st_size
+    command = [sys.executable, ROOT / "test_file_transcribe.py", SAMPLE, "--url", brief.url, "--api-key", "sesame"]
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+    clients = [subprocess.Popen([*command, "--parallel", "1"], **pipes) for _ in range(6)]
+    ends = [client.communicate(timeout=400) for client in clients]
+    assert [client.returncode for client in clients] == [0] * 6, ends
+    assert all(out.split() == SAMPLE.with_suffix(".txt").read_text().split() for out, _ in ends)
+    assert "memory for sessions is full" in brief.log.read_bytes()[begun:].decode(errors="replace")
+    assert brief.healthy()
 
 
 def test_gives_up_with_what_is_settled(server, recording, undisturbed):
