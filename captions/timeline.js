@@ -8,7 +8,7 @@ export const FRAME = 1280; // samples behind one delta: 80 ms
 const HOP = 320; // samples of one level reading: 20 ms
 const MARGIN = 4 * FRAME; // the text of a word begins up to 0.2 s after its end
 const PAUSE = 3 * FRAME; // silence required on both sides of a commit point
-const MAX_TAIL = 30 * RATE; // longest audio without a commit point; then one is set between two words
+const MAX_PARTIAL = 30 * RATE; // longest audio without a commit point; then one is set between two words
 export const WORDLESS_SECONDS = 1.5; // sound without a word that may be a cough
 const NEAR = RATE / 2; // what is loud so near to a pause, or before the end of a word, is the voice
 const MAX_WORD = 2 * RATE; // the start of a word is at most so far before its end
@@ -88,7 +88,7 @@ export class Timeline {
     return this.#origin;
   }
 
-  /** Book the next delta. */
+  /** Add the next delta. */
   addDelta(text) {
     this.#frames++;
     const now = this.transcribed;
@@ -105,7 +105,7 @@ export class Timeline {
         this.#commit(point, this.partial.length); // two sessions agree that there are no words
       }
     }
-    if (this.partial.length && now - this.committed > MAX_TAIL) this.commitBetweenWords();
+    if (this.partial.length && now - this.committed > MAX_PARTIAL) this.commitBetweenWords();
   }
 
   /** Commit where it is quietest after a partial word, where there is no pause. */

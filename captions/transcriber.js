@@ -259,7 +259,7 @@ export class Transcriber {
     }
   }
 
-  /** Book the next delta; return false where a new session must continue. Throws SessionLost. */
+  /** Add the next delta; return false where a new session must continue. Throws SessionLost. */
   async #step(session) {
     const { timeline } = this;
     const committed = timeline.committed;

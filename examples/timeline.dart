@@ -8,7 +8,7 @@ import 'dart:typed_data';
 const rate = 16000, frame = 1280, hop = 320; // samples: a second, one delta, one level reading
 const margin = 4 * frame; // the text of a word comes within 0.32 s of its end
 const pause = 3 * frame; // silence required on both sides of a commit point
-const maxTail = 30 * rate; // longest audio without a commit point; then one is set between two words
+const maxPartial = 30 * rate; // longest audio without a commit point; then one is set between two words
 // Chinese and Japanese are written without spaces; Korean is not.
 final unspaced = RegExp(
     r'[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\u{20000}-\u{3ffff}]',
@@ -53,7 +53,7 @@ class Timeline {
     return _origin = _lastText = committed;
   }
 
-  /// Book one delta; return the words that become final.
+  /// Add one delta; return the words that become final.
   List<Word> addDelta(String text) {
     frames += 1;
     if (_lastText == _origin && text.isNotEmpty && _spoken.isNotEmpty) {
@@ -73,7 +73,7 @@ class Timeline {
     }
     final point = min(transcribed - margin, received);
     if (point > committed && _lastText <= point && _quiet(point - pause, point + pause)) return commit(point);
-    return partial.isNotEmpty && transcribed - committed > maxTail ? commitBetweenWords() : [];
+    return partial.isNotEmpty && transcribed - committed > maxPartial ? commitBetweenWords() : [];
   }
 
   /// Commit where it is quietest near the end of a word, where there is no pause; return the words before.

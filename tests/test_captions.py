@@ -406,7 +406,7 @@ def test_long_talk_rolls_over(server):
         assert abs(word["end"] - end) < 0.3, (word, end)
 
 
-def test_books_agree_with_the_clients(server):
+def test_timelines_agree(server):
     """The same audio, deltas and cuts into timeline.py and timeline.js: the same words, times and commit points."""
     noise = np.random.default_rng(7)
     lengths = [(int(noise.integers(8, 45)), int(noise.integers(1, 100))) for _ in range(60)] + [(30, 1)] * 60

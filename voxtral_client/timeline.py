@@ -26,7 +26,7 @@ from .protocol import FRAME, RATE
 HOP = 320  # samples of one level reading: 20 ms
 MARGIN = 4 * FRAME  # the model begins to write a word 0.01 to 0.2 s after its end, then one piece a frame
 PAUSE = 3 * FRAME  # silence required on both sides of a commit point
-MAX_TAIL = 30 * RATE  # audio without a pause that is not committed yet: more is committed between two words
+MAX_PARTIAL = 30 * RATE  # audio without a pause that is not committed yet: more is committed between two words
 WORDLESS_SECONDS = 1.5  # sound without a word that may be a cough; more is committed only if a second session agrees
 NEAR = RATE // 2  # next to a pause, or before a word's end, loud sound within this distance is the voice
 MAX_WORD = 2 * RATE  # longest word in the search for its start
@@ -140,7 +140,7 @@ class Timeline:
             self._commit(point, len(self.partial))
         elif self._blanks and now >= self._blanks[1] + MARGIN and self._last_text <= self._blanks[0] + RATE:
             self._commit(point, len(self.partial))  # two sessions found no words
-        if self.partial and now - self.committed > MAX_TAIL:
+        if self.partial and now - self.committed > MAX_PARTIAL:
             self.commit_between_words()
 
     def commit_between_words(self) -> None:
