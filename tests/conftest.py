@@ -19,7 +19,7 @@ from xdist.scheduler import LoadScopeScheduling
 
 ROOT = Path(__file__).parent.parent
 CHECKPOINT = Path(os.environ.get("TINY_CHECKPOINT", ROOT / "tests" / "tiny_checkpoint"))
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]  # scripts/: a microphone and a browser
+sys.path[:0] = [str(ROOT), str(ROOT / "scripts"), str(ROOT / "vllm_plugin")]  # scripts/: a microphone and a browser
 for name in re.findall(r"^#   ([A-Z][A-Z0-9_]+)", (ROOT / "serve.sh").read_text(), re.M):
     os.environ.pop(name, None)  # what the user has exported for a server of his own: VLLM_API_KEY, PORT
 os.environ["OMP_NUM_THREADS"] = "1"  # enough for so small a model; several servers run on two cores

@@ -10,7 +10,6 @@ import contextlib
 import importlib
 import json
 import mimetypes
-import sys
 from collections.abc import Callable
 
 import numpy as np
@@ -22,8 +21,6 @@ from websockets.http11 import Request, Response
 
 from voxtral_client.protocol import FRAME, RATE
 from voxtral_client.session import Done, SessionLost
-
-sys.path.insert(0, str(ROOT / "vllm_plugin"))
 
 FLUSH = 10  # deltas that follow the end of the audio
 

@@ -12,11 +12,10 @@ from types import SimpleNamespace
 import numpy as np
 import psutil
 import pytest
-from conftest import CHECKPOINT, ROOT, ServerProcess, run_script
+from conftest import CHECKPOINT, ServerProcess, run_script
 
 from voxtral_client.session import Server
 
-sys.path.insert(0, str(ROOT / "vllm_plugin"))
 voxtral_speed = importlib.import_module("voxtral_speed")
 frames = importlib.import_module("voxtral_speed.frames")
 
