@@ -47,7 +47,8 @@ def prepare(arguments: list[str]) -> tuple[object, ...]:
         model = download(settings["MODEL"], settings["MODEL_REVISION"])
     tokenizer = tokenizer_with(delay, model / "tekken.json") if delay else None
     device = f"gpu {found.visible}" if found else "cpu"
-    sessions = settings.engines * int(settings.number("MAX_NUM_SEQS") or 0) or settings["MAX_NUM_SEQS"]
+    slots = settings.number("MAX_NUM_SEQS")
+    sessions = settings.engines * int(slots) if slots else settings["MAX_NUM_SEQS"]
     frames = settings["MAX_NUM_BATCHED_TOKENS"]
     return device, served_folder(model), tokenizer or "", settings.executor, sessions, frames
 

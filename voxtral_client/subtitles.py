@@ -78,7 +78,7 @@ class Writer:
     """Base of all formats: a file whose end is rewritten for each word, so that it is always valid.
 
     Standard output is only appended to. `file` is unbuffered, so that an error is raised at once; `standard`: it is
-    standard output. `limits` matter to formats that are made of cues.
+    standard output. `limits`: of a cue, for the formats that have cues.
     """
 
     HEAD = END = ""  # of an empty transcript
@@ -86,7 +86,6 @@ class Writer:
     def __init__(self, file: BinaryIO, standard: bool = False, limits: Limits = LIMITS):
         self._file, self._standard = file, standard
         self._fixed, self._end = 0, b""  # number of bytes that stay, and the bytes after them
-        self._cues, self._number = Cues(limits), 1  # number of the cue that still grows
         self._put(self.HEAD, self.END)
 
     def write(self, word: Word) -> None:
@@ -151,6 +150,10 @@ class TextWriter(Writer):
 
 class CueWriter(Writer):
     """Base of the formats that are made of cues."""
+
+    def __init__(self, file: BinaryIO, standard: bool = False, limits: Limits = LIMITS):
+        super().__init__(file, standard)
+        self._cues, self._number = Cues(limits), 1  # number of the cue that still grows
 
     def write(self, word: Word) -> None:
         fixed = ""
