@@ -38,7 +38,7 @@ def terminal(url: str) -> None:
     with pulseaudio() as pulse:
         pulse.plug("Microphone")
         captioner = Captioner(pulse, "--url", url, "--device", "Microphone", terminal=True)
-        until(lambda: pulse.recording(captioner.process.pid))
+        captioner.wait_for_recording(pulse)
         pulse.play(SAMPLE).wait()
         playing = pulse.play(SAMPLE)
         time.sleep(6)

@@ -61,6 +61,13 @@ class Captioner:
         thread.start()
         self._threads = [*getattr(self, "_threads", []), thread]
 
+    def wait_for_recording(self, pulse: Pulse) -> None:
+        """Wait until it records. Raises SystemExit with the terminal's text if it ends first."""
+        until(lambda: self.process.poll() is not None or pulse.recording(self.process.pid))
+        if self.process.poll() is not None:
+            self.end()
+            raise SystemExit(self.seen())
+
     @property
     def words(self) -> list[str]:
         return self.stdout.split()

@@ -19,7 +19,7 @@ from pathlib import Path
 
 import psutil
 from captioner import Captioner
-from pulse import Pulse, pulseaudio, until
+from pulse import Pulse, pulseaudio
 
 ROOT = Path(__file__).resolve().parent.parent
 SAMPLE = ROOT / "tests" / "tiny_checkpoint" / "sample.wav"
@@ -30,11 +30,8 @@ def soak(options: argparse.Namespace, folder: Path, pulse: Pulse) -> dict:
     pulse.plug()
     text = folder / "captions.txt"
     captioner = Captioner(pulse, "--url", options.url, "--device", "mic", "--output", text, terminal=True)
+    captioner.wait_for_recording(pulse)
     client = captioner.process
-    until(lambda: client.poll() is not None or pulse.recording(client.pid))
-    if client.poll() is not None:
-        captioner.end()
-        raise SystemExit(captioner.seen())  # the client's own line
     started, rounds, minutes, reported = time.monotonic(), 0, [], 0
     print("minute  memory MiB  lag p50 s  lag p95 s", flush=True)
     playing = pulse.play(options.audio_path)
