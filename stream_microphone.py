@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
-"""The work is in voxtral_client/captions.py."""
+"""The work is in voxtral_client/live.py."""
 
-from voxtral_client.captions import main
+from voxtral_client.script import start
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    start("voxtral_client.live")

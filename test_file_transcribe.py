@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The work is in voxtral_client/files.py."""
 
-from voxtral_client.files import main
+from voxtral_client.script import start
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    start("voxtral_client.files")

@@ -5,7 +5,3 @@ transcription over several sessions. Nothing here imports torch or vllm.
 """
 
 __version__ = "1.0.0"
-
-
-class UserError(Exception):
-    """An error that the user can correct. The message is one line that names the remedy."""

@@ -9,17 +9,12 @@ from typing import TypeVar
 import numpy as np
 import soxr
 
-from . import UserError
 from .protocol import RATE
 
 CHUNK_SECONDS = 0.1
 CANCELLED = 0.05  # share of the channels' power left in the mix if one is the other inverted (unrelated ones: half)
 
 Item = TypeVar("Item")
-
-
-class AudioError(UserError):
-    """The audio cannot be read."""
 
 
 def to_pcm16(samples: np.ndarray) -> bytes:
@@ -59,13 +54,14 @@ class Resampler:
         return to_pcm16(mono)
 
 
-async def threaded(items: Iterator[Item], ahead: int = 1) -> AsyncIterator[Item]:
-    """Yield `items`, which a thread reads, at most `ahead` before they are needed. Raises what `items` raises.
+async def threaded(items: Iterator[Item], ahead: int = 1, stop: asyncio.Event | None = None) -> AsyncIterator[Item]:
+    """Yield `items`, which a thread reads, at most `ahead` before they are needed, until their end or `stop`.
 
-    The thread is a daemon: while it waits for a pipe, the process can end.
+    Raises what `items` raises. The thread is a daemon: while it waits for a pipe, the process can end.
     """
     loop, room, closed = asyncio.get_running_loop(), threading.Semaphore(ahead), False
     queue: asyncio.Queue[tuple[Item | None, BaseException | None]] = asyncio.Queue()
+    end = None, StopAsyncIteration()
 
     def read() -> None:
         with suppress(RuntimeError):  # the loop is closed
@@ -75,17 +71,20 @@ async def threaded(items: Iterator[Item], ahead: int = 1) -> AsyncIterator[Item]
                     room.acquire()
                     if closed:
                         return
-                end = StopAsyncIteration()
+                last = end
             except BaseException as error:
-                end = error
-            loop.call_soon_threadsafe(queue.put_nowait, (None, end))
+                last = None, error
+            loop.call_soon_threadsafe(queue.put_nowait, last)
+
+    async def stopped() -> None:
+        await stop.wait()
+        queue.put_nowait(end)
 
     threading.Thread(target=read, daemon=True).start()
+    stopping = asyncio.create_task(stopped()) if stop else None
     try:
-        while True:
-            item, error = await queue.get()
-            if isinstance(error, StopAsyncIteration):
-                return
+        while (entry := await queue.get()) is not end:
+            item, error = entry
             if error:
                 raise error
             yield item
@@ -93,38 +92,22 @@ async def threaded(items: Iterator[Item], ahead: int = 1) -> AsyncIterator[Item]
     finally:
         closed = True
         room.release()
+        if stopping:
+            stopping.cancel()
 
 
 async def stream(
-    blocks: Iterator[bytes],
-    realtime: bool = False,
-    stop: asyncio.Event | None = None,
-    ended: asyncio.Event | None = None,
+    blocks: Iterator[bytes], realtime: bool = False, stop: asyncio.Event | None = None
 ) -> AsyncIterator[bytes]:
-    """Yield PCM16 blocks until their end, then set `ended`; end early when `stop` is set. Raises what `blocks` raises.
+    """Yield PCM16 blocks, which a thread reads (they may come from a pipe), until their end or `stop`.
 
-    `realtime`: no block comes before a microphone would have recorded it. Blocks are read in a thread: they may come
-    from a pipe.
+    `realtime`: no block comes before a microphone would have recorded it. Raises what `blocks` raises.
     """
-    clock, sent, stop = asyncio.get_running_loop().time, 0.0, stop or asyncio.Event()
-    start, stopped = clock(), asyncio.create_task(stop.wait())
-    try:
-        async with aclosing(threaded(blocks, 4)) as reading:
-            while True:
-                read = asyncio.ensure_future(anext(reading, None))
-                await asyncio.wait({read, stopped}, return_when=asyncio.FIRST_COMPLETED)
-                if stop.is_set():
-                    read.cancel()
-                    await asyncio.gather(read, return_exceptions=True)
-                    return
-                if (pcm := read.result()) is None:
-                    break
-                sent += len(pcm) / 2 / RATE
-                if realtime:
-                    await asyncio.wait({stopped}, timeout=max(0.0, start + sent - clock()))
-                if pcm:
-                    yield pcm
-        if ended:
-            ended.set()
-    finally:
-        stopped.cancel()
+    clock, sent = asyncio.get_running_loop().time, 0.0
+    start = clock()
+    async with aclosing(threaded(blocks, 4, stop)) as reading:
+        async for pcm in reading:
+            sent += len(pcm) / 2 / RATE
+            if realtime:
+                await asyncio.sleep(start + sent - clock())
+            yield pcm

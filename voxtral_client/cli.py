@@ -9,17 +9,19 @@ import signal
 import ssl
 import sys
 import threading
-import traceback
 from collections.abc import Awaitable, Callable
-from typing import Any
+from pathlib import Path
+from typing import Any, NoReturn
 
-from . import UserError, __version__
+from . import __version__
+from .errors import Problem, Refused, fault
 from .protocol import DEFAULT_URL
-from .session import Refused, Server, SessionLost
+from .session import Server, printable
 from .subtitles import Limits
-from .transcriber import GIVE_UP_SECONDS, GaveUp
+from .transcriber import GIVE_UP_SECONDS
 
 GRACE_SECONDS = 0.5  # for the last words after SIGTERM
+LAST_SECONDS = 2.0  # for the end of a task that was stopped
 DEFAULT = " (default: %(default)s)"
 
 
@@ -35,6 +37,11 @@ def count(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"must be 1 or more, not {text}")
     return int(text)
+
+
+def many(number: int, things: str) -> str:
+    """Return "1 session" or "2 sessions"; `things` is the plural."""
+    return f"{number} {things.removesuffix('s') if number == 1 else things}"
 
 
 class Parser(argparse.ArgumentParser):
@@ -53,6 +60,9 @@ class Parser(argparse.ArgumentParser):
 
         return super().parse_args([known(argument) for argument in (sys.argv[1:] if args is None else args)], namespace)
 
+    def error(self, message: str) -> NoReturn:
+        super().error(printable(message))
+
 
 def add_cue_options(parser: argparse.ArgumentParser) -> None:
     """Add the options that limit the size of a subtitle."""
@@ -68,7 +78,7 @@ def add_server_options(parser: argparse.ArgumentParser, give_up_after: float = G
     group = parser.add_argument_group("server")
     group.add_argument("--url", default=DEFAULT_URL, help=f"address of the server{DEFAULT}")
     group.add_argument("--model", help="name of the model (default: the one that the server serves)")
-    group.add_argument("--api-key", help="key of the server (default: the variable VLLM_API_KEY)")
+    group.add_argument("--api-key", help="key of the server (default: VLLM_API_KEY, else ~/.config/voxtral/key)")
     group.add_argument("--cafile", metavar="FILE", help="certificate to trust for wss://")
     group.add_argument("--insecure", action="store_true", help="trust any certificate")
     group.add_argument(
@@ -76,7 +86,7 @@ def add_server_options(parser: argparse.ArgumentParser, give_up_after: float = G
         type=positive,
         default=give_up_after,
         metavar="SECONDS",
-        help="stop after this time without progress (default: %(default).0f)",
+        help="stop after this time without progress; a busy server is waited for (default: %(default).0f)",
     )
 
 
@@ -90,32 +100,53 @@ def server_from(options: argparse.Namespace) -> Server:
             raise Refused(f"--cafile {options.cafile}: cannot read a certificate from it") from None
         if options.insecure:
             tls.check_hostname, tls.verify_mode = False, ssl.CERT_NONE
-    return Server(options.url, options.api_key or os.environ.get("VLLM_API_KEY"), tls)
+    return Server(options.url, options.api_key or stored_key(), tls)
+
+
+def stored_key() -> str:
+    """Return VLLM_API_KEY, even if it is empty, else the key that scripts/make-key wrote. Raises OSError."""
+    if "VLLM_API_KEY" in os.environ:
+        return os.environ["VLLM_API_KEY"]
+    folder = Path(os.environ.get("XDG_CONFIG_HOME") or Path.home() / ".config")
+    with contextlib.suppress(FileNotFoundError):
+        return (folder / "voxtral" / "key").read_text(errors="replace").strip()
+    return ""
 
 
 class Interrupts:
     """Ctrl+C: the first sets `stop`, which ends the audio, so that the last words arrive; the second stops the task.
 
-    SIGTERM acts like the first, and GRACE_SECONDS later like the second.
+    SIGTERM acts like the first, and GRACE_SECONDS later like the second. A task that does not end within LAST_SECONDS
+    (nobody reads the pipe on stdout) ends with the process: files are valid at any moment.
     """
 
     def __init__(self, say: Callable[[str], None]):
-        self.stop = asyncio.Event()
+        self.stop, self._asked = asyncio.Event(), False
         task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
         def interrupt(*_: object) -> None:
-            if self.stop.is_set():
+            if self.stop.is_set() or self._asked:
                 loop.call_soon_threadsafe(task.cancel, "interrupted")
+                end_after(LAST_SECONDS)
             else:
+                self._asked = True
                 loop.call_soon_threadsafe(self.stop.set)
                 loop.call_soon_threadsafe(say, "stopping: the last words are coming (Ctrl+C again to stop at once)")
 
         def terminate(*_: object) -> None:
             loop.call_soon_threadsafe(self.stop.set)
             loop.call_soon_threadsafe(loop.call_later, GRACE_SECONDS, task.cancel, "terminated")
+            end_after(GRACE_SECONDS + LAST_SECONDS)
 
         signal.signal(signal.SIGINT, interrupt)
         signal.signal(signal.SIGTERM, terminate)
+
+
+def end_after(seconds: float) -> None:
+    """End the process after this time, whatever its threads wait for."""
+    timer = threading.Timer(seconds, os._exit, [130])
+    timer.daemon = True
+    timer.start()
 
 
 async def _ended(main: Awaitable[int]) -> int:
@@ -138,25 +169,17 @@ def run(main: Awaitable[int]) -> int:
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until Interrupts takes over
     try:
         return asyncio.run(_ended(main))
-    except (Refused, SessionLost, GaveUp, UserError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except Problem as error:
+        print(f"error: {printable(error)}", file=sys.stderr)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130
     except OSError as error:
         if not isinstance(error, BrokenPipeError):  # `| head` has ended
-            print(f"error: {error.filename or 'standard output'}: {error.strerror}", file=sys.stderr)
+            name = printable(error.filename or "standard output")
+            print(f"error: {name}: {error.strerror}", file=sys.stderr)
         with contextlib.suppress(OSError, ValueError):  # at its exit Python would write again, and print the error
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except Exception as error:
         print(f"error: {fault(error)}", file=sys.stderr)
     return 1
-
-
-def fault(error: BaseException) -> str:
-    """Return one line that reports an error in this program, with its place in the code."""
-    while isinstance(error, BaseExceptionGroup):
-        error = error.exceptions[0]
-    frames = traceback.extract_tb(error.__traceback__)[-1:]
-    where = "".join(f" ({os.path.basename(frame.filename)}, line {frame.lineno})" for frame in frames)
-    return f"internal error, please report it: {type(error).__name__}: {error}{where}"

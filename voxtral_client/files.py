@@ -12,22 +12,22 @@ from pathlib import Path
 from rich.progress_bar import ProgressBar
 from rich.table import Table
 
-from . import UserError
-from .audio import AudioError
-from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, fault, run, server_from
-from .media import AudioFile, StandardInput, is_audio
+from .audio import threaded
+from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, many, run, server_from
+from .errors import AudioError, Stopped, UserError, fault
+from .media import TELEPHONE, AudioFile, StandardInput, is_audio
 from .outputs import Outputs, Transcript, readable
-from .pool import TOKENS, Piece, Pool, Stopped, cut, uncut
+from .pool import PARALLEL, TOKENS, Piece, Pool, cut, sessions_for_files, uncut
 from .protocol import RATE
 from .screen import Screen
+from .session import printable
 from .subtitles import FORMATS, Limits
 from .timeline import Word
 
-SUFFIXES = set(
+SUFFIXES = set(TELEPHONE) | set(
     ".wav .flac .ogg .oga .opus .mp3 .aiff .aif .aifc .au .caf .w64 .rf64 .mp4 .m4a .m4b .m4v .mkv .mka .webm .mov "
-    ".aac .wma .ac3 .3gp .avi .mpg".split()
+    ".aac .wma .ac3 .3gp .avi .mpg .g722 .gsm".split()
 )
-PARALLEL = 64  # largest number of sessions at once without --parallel
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
@@ -45,10 +45,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         choices=[*FORMATS, "all"],
         help="format of a file beside the audio, or of --output; may be repeated; all: every one (default: by ending)",
     )
-    parser.add_argument("--skip-existing", action="store_true", help="skip files whose output is complete")
-    parser.add_argument(
-        "--parallel", type=count, metavar="N", help=f"sessions at once (default: as many as free, {PARALLEL} at most)"
-    )
+    existing = parser.add_mutually_exclusive_group()
+    existing.add_argument("--skip-existing", action="store_true", help="skip files whose output is complete")
+    existing.add_argument("--overwrite", action="store_true", help="replace complete output (default: keep it)")
+    usual = f"all but one of the server's, {PARALLEL} at most"
+    parser.add_argument("--parallel", type=count, metavar="N", help=f"sessions at once (default: {usual})")
     parser.add_argument("--realtime", action="store_true", help="send no faster than a microphone would")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     add_cue_options(parser)
@@ -65,7 +66,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--skip-existing needs files to look for: give --format or --output")
     try:
         limits = Limits(options.max_line_count, options.max_line_width)
-        options.outputs = Outputs(options.output, options.format, limits)
+        options.outputs = Outputs(options.output, options.format, limits, options.overwrite, options.skip_existing)
     except UserError as error:
         parser.error(str(error))
     return options
@@ -77,7 +78,7 @@ def find(paths: list[str]) -> Iterator[str]:
         if path == "-" or not os.path.isdir(path):
             yield path
             continue
-        # The ending decides too: so a broken file is reported. Folders in the list are those that cannot be read.
+        # The ending decides too: so a broken file or link is reported. Folders in the list cannot be read.
         inside = sorted(
             p for p in files_in(path) if Path(p).suffix.lower() in SUFFIXES or os.path.isdir(p) or is_audio(Path(p))
         )
@@ -100,7 +101,22 @@ def files_in(folder: str) -> list[str]:
         seen.add(real)
         folders[:] = [name for name in folders if not name.startswith(".")]
         found.extend(os.path.join(path, name) for name in names if not name.startswith("."))
-    return [path for path in found if os.path.isfile(path) or os.path.isdir(path)]
+    return [path for path in found if os.path.isfile(path) or os.path.isdir(path) or not os.path.exists(path)]
+
+
+def sources(options: argparse.Namespace) -> Iterator[tuple[str, AudioFile | None, str]]:
+    """Yield the name of each file, and the file if it is to be transcribed, or why it cannot be."""
+    names = list(find(options.paths))
+    audio = set(map(os.path.realpath, names))
+    for name in names:
+        source, error = None, ""
+        try:
+            if options.outputs.plan(name, audio):
+                source = StandardInput(options.raw, options.track) if name == "-" else AudioFile(name, options.track)
+                _ = source.seconds
+        except Exception as problem:
+            source, error = None, str(problem) if isinstance(problem, UserError) else f"{name}: {fault(problem)}"
+        yield name, source, error
 
 
 def progress(pool: Pool, total: float | None) -> Table:
@@ -119,51 +135,48 @@ def progress(pool: Pool, total: float | None) -> Table:
 async def transcribe(options: argparse.Namespace) -> int:
     """Transcribe all files and return the exit code."""
     server, outputs = server_from(options), options.outputs
-    names = list(find(options.paths))
+    files, failures, complete = [], 0, 0
+    async with aclosing(threaded(sources(options), 64)) as found:
+        async for name, source, error in found:
+            if source:
+                files.append(source)
+            elif error:
+                failures += 1
+                outputs.fail(name, error)
+                print(f"error: {printable(error)}", file=sys.stderr)
+            else:
+                complete += 1
     if options.skip_existing:
-        skipped = {name for name in names if outputs.complete(name)}
-        names = [name for name in names if name not in skipped]
-        print(f"{len(skipped)} already transcribed", file=sys.stderr)
-    outputs.check(names)
-    failures, sources, durations = 0, [], []
-    for name in names:
-        try:
-            source = StandardInput(options.raw, options.track) if name == "-" else AudioFile(name, options.track)
-            durations.append(source.seconds)
-            sources.append(source)
-        except Exception as problem:
-            error = str(problem) if isinstance(problem, AudioError) else f"{name}: {fault(problem)}"
-            failures += 1
-            outputs.fail(name, error)
-            print(f"error: {error}", file=sys.stderr)
-    if not sources:
+        print(f"{complete} already transcribed", file=sys.stderr)
+    if not files:
         return 1 if failures else 0
+    durations = [source.seconds for source in files]
     total = None if None in durations else sum(durations)
-    one_by_one = options.realtime or any(source.endless for source in sources)
-    size = 1 if one_by_one else options.parallel or PARALLEL
+    one_by_one = options.realtime or any(source.endless for source in files)
 
     with Screen(options.quiet) as screen:
-        await server.model(options.model)  # reports at once what is wrong
+        size = await sessions_for_files(server, options.model)  # reports at once what is wrong
+        size = 1 if one_by_one else options.parallel or size
         interrupts = Interrupts(screen.say)
         settings = {"model": options.model, "give_up_after": options.give_up_after}
         pool = Pool(server, size, interrupts.stop, screen.say, options.realtime, **settings)
-        transcripts = Transcripts(sources, pool, outputs, screen)
+        writing = Writing(files, pool, outputs, screen)
         async with screen.redrawn(lambda: (pool.partial, progress(pool, total))):
             try:
-                async with aclosing(pool.run(pieces(sources, pool))) as items:
-                    await transcripts.write(items)
+                async with aclosing(pool.run(pieces(files, pool))) as items:
+                    await writing.write(items)
             finally:
-                transcripts.close()
-        failures += len(transcripts.failed)
-        if left := len(sources) - transcripts.begun:
+                writing.close()
+        failures += len(writing.failed)
+        if left := len(files) - writing.begun:
             screen.say(f"{left} {'file was' if left == 1 else 'files were'} not started")
             failures += 0 if interrupts.stop.is_set() else left
         if pool.received:
-            files = f"{len(sources)} files, " if len(sources) > 1 else ""
-            count = sum(pool.counts.values(), Counter())
-            counts = ", ".join(f"{count[key]} {key.replace('_', ' ')}" for key in ("sessions", *TOKENS))
-            screen.say(f"{files}{pool.speed}; {counts}" + (f"; {failures} failed" if failures else ""))
-    if interrupts.stop.is_set() and (transcripts.stopped or left):
+            size = f"{len(files)} files, " if len(files) > 1 else ""
+            total = sum(pool.counts.values(), Counter())
+            counts = ", ".join(many(total[key], key.replace("_", " ")) for key in ("sessions", *TOKENS))
+            screen.say(f"{size}{pool.speed}; {counts}" + (f"; {failures} failed" if failures else ""))
+    if interrupts.stop.is_set() and (writing.stopped or left):
         return 130
     return 1 if failures else 0
 
@@ -174,7 +187,7 @@ def pieces(sources: list[AudioFile], pool: Pool) -> Iterator[Piece]:
         yield from cut(number, source, lambda: pool.width) if pool.size > 1 else [uncut(number, source)]
 
 
-class Transcripts:
+class Writing:
     """Writes each file's words as they come. An error with one file is reported, and the next file continues."""
 
     def __init__(self, sources: list[AudioFile], pool: Pool, outputs: Outputs, screen: Screen):
@@ -190,22 +203,23 @@ class Transcripts:
         async for piece, item in items:
             if self.begun != piece.file + 1:
                 self.close()
-                self.begun, self._file = piece.file + 1, self._outputs.open(self._sources[piece.file].name)
-                self._started, self._seconds, self._ended, self._any_text = piece.begun, 0.0, False, False
+                self.begun = piece.file + 1
+                self._file = self._outputs.open(self._sources[piece.file].name, self._screen)
+                self._started, self._seconds, self._ended = piece.begun, 0.0, False
             if isinstance(item, Word):
                 self._file.write(item)
-                if self._outputs.to_screen:
-                    self._screen.write(item.text if self._any_text else item.text.lstrip())
-                self._any_text = True
                 continue
-            if isinstance(item, Stopped):
+            problem = "" if isinstance(item, Stopped | None) else str(item)
+            if problem:
+                self.failed.setdefault(piece.file, problem)
+            elif item:
                 self.stopped.add(piece.file)
-            elif item is not None:
-                self._fail(str(item))
-            self._seconds = (piece.offset + piece.transcriber.timeline.received) / RATE
+            self._seconds = piece.offset / RATE + piece.transcriber.received
             if piece.last:
                 self._ended = True
                 self.close()
+            if problem:  # after the text, which has got its newline
+                self._report(problem)
 
     def close(self) -> None:
         """Finish the file that is being written. It is complete if its last piece came, without an error."""
@@ -214,8 +228,6 @@ class Transcripts:
         file, self._file, number = self._file, None, self.begun - 1
         if not self._ended and number not in self.failed:
             self.stopped.add(number)
-        if self._outputs.to_screen and self._any_text:
-            self._screen.write("\n")
         if file.error:
             self._fail(file.error)
         took, count = time.monotonic() - self._started, self._pool.counts[number]
@@ -230,6 +242,9 @@ class Transcripts:
 
     def _fail(self, error: str) -> None:
         self.failed.setdefault(self.begun - 1, error)
+        self._report(error)
+
+    def _report(self, error: str) -> None:
         if error not in self._reported:
             self._screen.say(f"error: {error}")
         self._reported.add(error)

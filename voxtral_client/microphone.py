@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from .audio import CHUNK_SECONDS, AudioError, Resampler
+from .audio import CHUNK_SECONDS, Resampler
+from .errors import AudioError
 from .protocol import RATE
 
 IDLE_SECONDS = 2.0  # without a block for this time, the device is gone
 LOOKS = 4  # parts of that time: a suspended program looks once after it continues, before the waiting blocks are in
 RETRY_SECONDS = 1.0
 BACKLOG = 300  # blocks that wait while this process is busy: 30 s
-GAP_SECONDS = 3.0  # silence sent in place of a gap: it ends the last word, even for a model with 2.4 s delay
 SILENT_SECONDS = 10.0  # silence that is reported
 SILENT_DB = -60.0  # a quiet room through a working microphone is louder
 
@@ -118,7 +118,8 @@ class Microphone:
     """Audio of one input device. Raises AudioError where there is no such device.
 
     `level`: of the last block, in dB relative to full scale. `dropped`: number of blocks (0.1 s) that were lost
-    because this process was busy. `connected`: is the device available? `say` receives messages for the user.
+    because this process was busy. `connected`: is the device available? `missing`: spans (start, end) of the audio, in
+    seconds, in which it was not: they are silent. `say` receives messages for the user.
     """
 
     def __init__(self, wanted: str | None, channels: int | None, say: Callable[[str], None]):
@@ -126,30 +127,51 @@ class Microphone:
         self.device = choose(wanted, devices())
         self.level, self.dropped, self.connected = -100.0, 0, False
         self._named, self._channels, self._say = wanted is not None, channels, say
-        self._silence, self._reported, self._look_again = 0.0, 0, 0.0
+        self._end = 0.0  # time at which the audio so far ends, while the device is away
+        self.missing: list[tuple[float, float]] = []
+        self._silence, self._reported, self._look_again, self._samples = 0.0, 0, 0.0, 0
 
     async def chunks(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield 16 kHz mono PCM16 in pieces of about 0.1 s until `stop` is set.
 
-        When the device goes away, GAP_SECONDS of silence come, then nothing until it is back. Raises AudioError if the
-        device cannot be opened at first.
+        While the device is away, silence comes at the same pace. Raises AudioError if the device cannot be opened at
+        first.
         """
-        capture = _Capture(self.device, self._channels)
+        capture, away = _Capture(self.device, self._channels), False
+        self.connected, self._end = True, time.monotonic()  # it may go away before its first block
         try:
             while not stop.is_set():
-                self.connected = True
                 if pcm := await capture.read():
+                    if away:
+                        yield self._counted(self._silence_until(capture.first))
+                        away = False
                     self._watch(pcm)
-                    yield pcm
+                    yield self._counted(pcm)
                 if capture.gone or await self._moved():
-                    yield capture.close()
-                    self.connected, self.level = False, -100.0
+                    yield self._counted(capture.close())
+                    self.connected, self.level, away = False, -100.0, True
+                    self._end = capture.last or self._end
+                    self.missing.append((self._samples / RATE, self._samples / RATE))
                     self._say(f"{self.device.name} is gone: waiting until it is back (the session stays open)")
-                    yield bytes(2 * round(GAP_SECONDS * RATE))
-                    capture = await self._reopen(stop) or capture
+                    while not (self.connected or stop.is_set()):
+                        capture = self._reopened() or capture
+                        yield self._counted(self._silence_until(time.monotonic()))
+                        with contextlib.suppress(TimeoutError):
+                            await asyncio.wait_for(stop.wait(), 0 if self.connected else RETRY_SECONDS)
                 self._count(capture)
         finally:
             capture.close()
+
+    def _counted(self, pcm: bytes) -> bytes:
+        self._samples += len(pcm) // 2
+        return pcm
+
+    def _silence_until(self, moment: float) -> bytes:
+        """Return the silence from the end of the audio to `moment`, both of `time.monotonic()`: it is missing."""
+        count = max(0, round((moment - self._end) * RATE))
+        self._end += count / RATE
+        self.missing[-1] = self.missing[-1][0], self.missing[-1][1] + count / RATE
+        return bytes(2 * count)
 
     async def _moved(self) -> bool:
         """Has PulseAudio moved the stream to another source, because its own went away? It reports no error."""
@@ -158,19 +180,17 @@ class Microphone:
         self._look_again = time.monotonic() + IDLE_SECONDS
         return self.device.source not in await asyncio.to_thread(_pulse_sources)
 
-    async def _reopen(self, stop: asyncio.Event) -> "_Capture | None":
-        """Wait until the device, or the default one if none was named, can be opened again; None if stopped."""
-        while not stop.is_set():
-            with contextlib.suppress(AudioError):
-                found, old = devices(rescan=True), self.device
-                if self._named:  # by its name: numbers change when devices come and go
-                    found = [device for device in found if (device.name, device.host) == (old.name, old.host)]
-                self.device = choose(None, found)
-                capture = _Capture(self.device, self._channels)
-                self._say(f"{self.device.name} is back")
-                return capture
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(stop.wait(), RETRY_SECONDS)
+    def _reopened(self) -> "_Capture | None":
+        """Open the device, or the default one if none was named; return None if it is still away."""
+        with contextlib.suppress(AudioError):
+            found, old = devices(rescan=True), self.device
+            if self._named:  # by its name: numbers change when devices come and go
+                found = [device for device in found if (device.name, device.host) == (old.name, old.host)]
+            self.device = choose(None, found)
+            capture = _Capture(self.device, self._channels)
+            self.connected = True
+            self._say(f"{self.device.name} is back")
+            return capture
         return None
 
     def _watch(self, pcm: bytes) -> None:
@@ -200,7 +220,8 @@ class _Capture:
     """
 
     def __init__(self, device: Device, channels: int | None):
-        self._over, self.dropped, self._open = False, 0, True
+        self._over, self.dropped = False, 0
+        self.first = self.last = 0.0  # times at which its audio begins and ends
         self._blocks: deque[np.ndarray] = deque()
         self._more, self._loop = asyncio.Event(), asyncio.get_running_loop()
         if device.source:
@@ -232,6 +253,8 @@ class _Capture:
     def _called(self, block: np.ndarray, frames: int, when: object, status: object) -> None:
         """Receive a block, float32 of shape (frames, channels). PortAudio calls this in its own thread."""
         self.dropped += bool(status.input_overflow)
+        self.last = time.monotonic()
+        self.first = self.first or self.last - CHUNK_SECONDS
         if len(self._blocks) < BACKLOG:
             self._blocks.append(block.copy())
         else:
@@ -256,9 +279,8 @@ class _Capture:
 
     def close(self) -> bytes:
         """Release the device, once; return the rest of the audio, which the resampler holds."""
-        if not self._open:
+        if self._stream.closed:
             return b""
-        self._open = False
         self._stream.abort()
         self._stream.close()
         return self._convert(np.zeros((0, 1), np.float32), last=True)

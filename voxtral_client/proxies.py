@@ -12,12 +12,14 @@ import websockets
 from websockets.proxy import get_proxy, parse_proxy
 from websockets.uri import parse_uri
 
+from .errors import Refused
+
 
 def proxy_for(url: str) -> str | None:
     """Return the address of the HTTP proxy for a WebSocket address, or None.
 
     Loopback and private addresses have none: a proxy elsewhere cannot reach them. The host's address may be looked up,
-    which takes time. Raises ValueError, with one line, where the settings name no HTTP proxy.
+    which takes time. Raises Refused where the settings name no HTTP proxy.
     """
     proxy = get_proxy(parse_uri(url))
     if proxy is None or _nearby(urlsplit(url).hostname):
@@ -26,9 +28,9 @@ def proxy_for(url: str) -> str | None:
     try:
         scheme = parse_proxy(proxy).scheme
     except (websockets.InvalidProxy, ValueError):
-        raise ValueError(f"{through(url, proxy)}: not the address of a proxy") from None
+        raise Refused(f"{through(url, proxy)}: not the address of a proxy") from None
     if scheme.startswith("socks"):
-        raise ValueError(f"{through(url, proxy)}: SOCKS cannot be used here, only a proxy for HTTP")
+        raise Refused(f"{through(url, proxy)}: SOCKS cannot be used here, only a proxy for HTTP")
     return proxy
 
 

@@ -1,6 +1,7 @@
 """The terminal: transcript on stdout, everything else on stderr, one live line at the bottom."""
 
 import asyncio
+import math
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -8,6 +9,9 @@ from contextlib import asynccontextmanager
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
 from rich.text import Text
+
+from .session import printable
+from .timeline import Word
 
 
 class Screen:
@@ -69,6 +73,7 @@ class Screen:
 
     def say(self, message: str) -> None:
         """Print a message on a line of its own, on stderr."""
+        message = printable(message)
         if self._live:
             self._live.console.print(Text(message, style="yellow"))
         else:
@@ -81,3 +86,26 @@ class Screen:
         if self._on_terminal and (self._line or self._partial):
             lines.insert(0, Text.assemble(self._line, (self._partial, "dim")))
         self._live.update(Group(*lines), refresh=True)
+
+
+class ScreenWriter:
+    """The plain transcript on the screen, as subtitles.Writer writes files. A long pause begins a new line.
+
+    `fresh`: nothing is in the line yet. `pause`: seconds between two words.
+    """
+
+    def __init__(self, screen: Screen, pause: float = math.inf):
+        self._screen, self._pause, self._end, self.fresh = screen, pause, 0.0, True
+
+    def write(self, word: Word) -> None:
+        """Print a final word. Raises OSError."""
+        if word.start - self._end > self._pause:
+            self.close()
+        self._screen.write(word.text.lstrip() if self.fresh else word.text)
+        self.fresh, self._end = False, word.end
+
+    def close(self, **_: object) -> None:
+        """End the line, if anything is in it. Raises OSError."""
+        if not self.fresh:
+            self._screen.write("\n")
+        self.fresh = True

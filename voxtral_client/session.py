@@ -16,32 +16,18 @@ import json
 import ssl
 import urllib.error
 import urllib.request
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Mapping
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from urllib.parse import urlsplit, urlunsplit
 
 import websockets
 
-from .protocol import DEFAULT_URL
+from .errors import NotAdmitted, Refused, SessionLost
+from .protocol import DEFAULT_URL, key_fault
 from .proxies import proxy_for, through
 
 ANSWER_SECONDS = 10.0  # limit for the handshake, session.created and /v1/models; usually they take milliseconds
-
-
-class Refused(Exception):
-    """The server refuses this, and will refuse it again. The message is one line."""
-
-
-class SessionLost(Exception):
-    """The session broke off or was not granted. The message is one line.
-
-    `busy`: the server works, but all its sessions are taken.
-    """
-
-    def __init__(self, message: str, *, busy: bool = False):
-        super().__init__(message)
-        self.busy = busy
 
 
 def printable(text: object) -> str:
@@ -49,17 +35,33 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
+class _Stay(urllib.request.HTTPRedirectHandler):
+    """Follows no redirect: the key would go to wherever it points."""
+
+    def redirect_request(self, *_: object) -> None:
+        return None
+
+
+class _Connect(websockets.connect):
+    """The same for a WebSocket."""
+
+    def process_redirect(self, exc: Exception) -> Exception:
+        return exc
+
+
 @dataclass
 class Server:
     """Address and key of the server. `url`: address of the WebSocket; `http://`, and no path, are completed.
 
-    Raises Refused where it is not an address.
+    `api_key`: the server's key, if it has one. `tls`: what to trust for `wss://`, by default what the system trusts.
+    Raises Refused where the address or the key is none.
     """
 
     url: str = DEFAULT_URL
     api_key: str | None = None
     tls: ssl.SSLContext | None = None
     _models: list[dict] = field(default_factory=list, init=False, repr=False)
+    _granted: bool = field(default=False, init=False, repr=False)  # a session, so that this is a realtime server
 
     def __post_init__(self) -> None:
         parts = urlsplit(self.url)
@@ -70,6 +72,8 @@ class Server:
             valid = False
         if not valid:
             raise Refused(f"{self.url}: not a server address; write ws://HOST:8000/v1/realtime")
+        if fault := key_fault(self.api_key or ""):
+            raise Refused(f"the API key (VLLM_API_KEY, --api-key or ~/.config/voxtral/key): {fault}")
         path = parts.path.rstrip("/") or "/v1/realtime"
         self.url = urlunsplit((scheme, parts.netloc, path, parts.query, ""))
         self.tls = (self.tls or ssl.create_default_context()) if scheme == "wss" else None
@@ -82,9 +86,9 @@ class Server:
     async def models(self) -> list[dict]:
         """Return the server's models, as `/v1/models` lists them. Only the first call sends a request.
 
-        Of each model: `id`; `max_model_len` in tokens, or None; `voxtral_speed`: True where a frame costs the same
-        at any length of the session (stock vLLM lacks this field). Raises Refused (wrong key, not a vLLM server) or
-        SessionLost (no server there, or not ready).
+        Of each model: `id`; `max_model_len` in tokens; `voxtral_speed`: True where a frame costs the same at any length
+        of the session; `max_sessions` at once. What the server does not tell is None: stock vLLM lacks the last two.
+        Raises Refused (wrong key, not a vLLM server) or SessionLost (no server there, or not ready).
         """
         parts = urlsplit(self.url)
         path = parts.path.removesuffix("/realtime") + "/models"
@@ -103,18 +107,20 @@ class Server:
         return known[name]
 
     def _get_models(self, url: str) -> list[dict]:
-        proxy, request = self._proxy(), urllib.request.Request(url, headers=self.headers)
-        handlers = [urllib.request.ProxyHandler({request.type: proxy} if proxy else {})]
+        proxy, request = proxy_for(self.url), urllib.request.Request(url, headers=self.headers)
+        handlers = [urllib.request.ProxyHandler({request.type: proxy} if proxy else {}), _Stay]
         if self.tls:
             handlers.append(urllib.request.HTTPSHandler(context=self.tls))
         try:
             with urllib.request.build_opener(*handlers).open(request, timeout=ANSWER_SECONDS) as reply:
                 models = json.load(reply)["data"]
-            optional = ("max_model_len", "voxtral_speed")
+            optional = ("max_model_len", "voxtral_speed", "max_sessions")
             return [{"id": str(model["id"])} | {name: model.get(name) for name in optional} for model in models]
         except urllib.error.HTTPError as error:
-            error.close()
-            raise self._http_refusal(error.code, proxy) from None
+            body = b""
+            with error, suppress(OSError, http.client.HTTPException):
+                body = error.read()
+            raise self._http_refusal(error.code, error.headers, body, proxy) from None
         except (urllib.error.URLError, TimeoutError, ConnectionError) as error:
             reason = getattr(error, "reason", error)
             if isinstance(reason, ssl.SSLError) and not isinstance(reason, ssl.SSLCertVerificationError):
@@ -125,12 +131,6 @@ class Server:
         except (OSError, http.client.HTTPException, ValueError, KeyError, TypeError, AttributeError):
             raise Refused(f"{self.url}: not a vLLM realtime server") from None
 
-    def _proxy(self) -> str | None:
-        try:
-            return proxy_for(self.url)
-        except ValueError as error:
-            raise Refused(str(error)) from None
-
     def _no_connection(self, reason: object, proxy: str | None) -> Refused | SessionLost:
         if isinstance(reason, ssl.SSLCertVerificationError):
             return Refused(f"{self.url}: certificate not trusted ({reason.verify_message}); give it with --cafile FILE")
@@ -139,24 +139,53 @@ class Server:
             return SessionLost(f"{through(self.url, proxy)}: no answer ({why})")
         return SessionLost(f"{self.url}: no server answers there ({why}); start ./serve.sh")
 
-    def _http_refusal(self, code: int, proxy: str | None) -> Refused | SessionLost:
+    def _http_refusal(self, code: int, headers: Mapping, body: bytes, proxy: str | None) -> Refused | SessionLost:
         where = through(self.url, proxy)
-        if code >= 500:
-            return SessionLost(f"{where}: the server is not well (HTTP {code})")
+        if 300 <= code < 400 and (there := headers.get("Location")):
+            return Refused(f"{where}: redirects to {printable(there)}, which is not followed: give that address")
         if code == 401:
-            return Refused(f"{where}: wrong API key (HTTP 401); set VLLM_API_KEY to the server's")
+            text = "wrong API key (HTTP 401); copy ~/.config/voxtral/key from the server, or set VLLM_API_KEY"
+            return NotAdmitted(f"{where}: {text}")
         if code == 403:
-            return Refused(f"{where}: wrong path, or an origin that is not let in (HTTP 403); is it /v1/realtime?")
+            return NotAdmitted(f"{where}: wrong path, or origin not allowed (HTTP 403); is it /v1/realtime?")
+        if code == 429 or code >= 500:
+            wait = headers.get("Retry-After", "")
+            retry_after = float(wait) if wait.isdecimal() else 0.0
+            reason = _reason(body) or "the server returned an error"
+            return SessionLost(f"{where}: {reason} (HTTP {code})", retry_after=retry_after)
         if code == 407:
             return Refused(f"{where}: the proxy asks for a name and a password (HTTP 407)")
         return Refused(f"{where}: not a vLLM realtime server (HTTP {code})")
 
+    def session_on(self, connection: websockets.ClientConnection) -> "Session":
+        """Return what speaks the protocol on an open WebSocket."""
+        return Session(connection)
+
     @asynccontextmanager
     async def session(self, model: str) -> AsyncIterator["Session"]:
-        """Open a session on `model`, ready for audio. Raises Refused or SessionLost."""
-        proxy = await asyncio.to_thread(self._proxy)
+        """Open a session on `model`, ready for audio. Raises Refused or SessionLost.
+
+        After the first one only a refusal of the key or the origin is final: a proxy answers otherwise while the server
+        behind it starts again.
+        """
+        async with AsyncExitStack() as stack:
+            try:
+                connection = await self._connect()
+                stack.push_async_callback(_close, connection)
+                session = self.session_on(connection)
+                await session.start(model)
+            except Refused as error:
+                if isinstance(error, NotAdmitted) or not self._granted:
+                    raise
+                raise SessionLost(str(error)) from None
+            self._granted = True
+            yield session
+
+    async def _connect(self) -> websockets.ClientConnection:
+        """Return an open WebSocket. Raises Refused or SessionLost."""
+        proxy = await asyncio.to_thread(proxy_for, self.url)
         try:
-            connection = await websockets.connect(
+            return await _Connect(
                 self.url,
                 additional_headers=self.headers,
                 ssl=self.tls,
@@ -167,22 +196,29 @@ class Server:
                 proxy=proxy,
             )
         except (websockets.InvalidStatus, websockets.InvalidProxyStatus) as error:
-            raise self._http_refusal(error.response.status_code, proxy) from None
+            reply = error.response
+            raise self._http_refusal(reply.status_code, reply.headers, reply.body or b"", proxy) from None
         except (websockets.InvalidHandshake, websockets.InvalidMessage):
             raise SessionLost(f"{through(self.url, proxy)}: the handshake broke off") from None
         except (OSError, TimeoutError) as error:
             raise self._no_connection(error, proxy) from None
-        try:
-            session = Session(connection)
-            await session.start(model)
-            yield session
-        finally:
-            # A server that hangs does not answer the closing handshake.
-            try:
-                async with asyncio.timeout(2):
-                    await connection.close()
-            except (TimeoutError, OSError):
-                connection.transport.abort()
+
+
+async def _close(connection: websockets.ClientConnection) -> None:
+    """Close a WebSocket. A server that hangs does not answer the closing handshake."""
+    try:
+        async with asyncio.timeout(2):
+            await connection.close()
+    except (TimeoutError, OSError):
+        connection.transport.abort()
+
+
+def _reason(body: bytes) -> str:
+    """Return the message in the body of an HTTP error, in one line; "" if there is none."""
+    try:
+        return printable(json.loads(body)["error"]["message"])[:200]
+    except (ValueError, KeyError, TypeError):
+        return ""
 
 
 @dataclass
@@ -205,7 +241,7 @@ class Session:
             async with asyncio.timeout(ANSWER_SECONDS):
                 created = await self._receive()
         except TimeoutError:
-            raise SessionLost(f"the server did not greet within {ANSWER_SECONDS:.0f} s") from None
+            raise SessionLost(f"the server sent no session.created within {ANSWER_SECONDS:.0f} s") from None
         if created.get("type") == "error":
             raise self._error(created)
         if created.get("type") != "session.created":
@@ -258,9 +294,9 @@ class Session:
         except (websockets.ConnectionClosed, OSError) as error:
             raise SessionLost(f"connection lost ({_closing(error)})") from None
         except ValueError:
-            raise Refused("not a vLLM realtime server: a message was not JSON") from None
+            event = None
         if not isinstance(event, dict):
-            raise Refused("not a vLLM realtime server: a message was no object")
+            raise Refused("not a vLLM realtime server: a message was no JSON object")
         return event
 
 

@@ -1,21 +1,28 @@
 """Formats of transcripts: text, SubRip, WebVTT, TSV, JSON, JSON lines. A file is valid at any moment while it grows.
 
 SubRip has no standard; WebVTT's is https://www.w3.org/TR/webvtt1/. Limits of a cue follow common broadcast
-guidelines: two lines of 42 characters, 1 to 7 seconds.
+guidelines: two lines of 42 characters (16 in Chinese, Japanese and Korean), 1 to 7 seconds.
 """
 
 import json
+import re
 import sys
-import textwrap
+import unicodedata
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from typing import BinaryIO
 
-from .timeline import Word
+from .timeline import UNSPACED, Word
 
 SHORTEST, LONGEST = 1.0, 7.0  # seconds
 PAUSE = 0.6  # seconds of silence that end a cue
-SENTENCE_ENDS = tuple(".!?…。！？")
+WIDE = 2.5  # columns of a wide character: it is as wide as two, and read more slowly
+# What ends a sentence in the model's 13 languages, with the quotes and brackets that close after it.
+SENTENCE_END = re.compile(r"""[.!?…。．！？｡।॥؟۔]["'”’“‘»«›‹)\]」』）】]*$""")
+# What stays together in a line: a character of a script without spaces with its punctuation, or what spaces separate.
+PARTS = re.compile(
+    rf"\s*(?:[「『（【《〈“‘(]*{UNSPACED.pattern}[、。，．！？：；…ー々っッゃゅょャュョ」』）】》〉”’)]*|(?:(?!{UNSPACED.pattern})\S)+)"
+)
 
 
 @dataclass(frozen=True)
@@ -23,11 +30,20 @@ class Limits:
     """Largest size of a cue."""
 
     lines: int = 2
-    columns: int = 42  # characters in a line
+    columns: int = 42  # characters in a line; a wide one counts WIDE
 
     def wrap(self, text: str) -> list[str]:
-        """Break text into lines."""
-        return textwrap.wrap(text, self.columns, break_on_hyphens=False)
+        """Break text into lines: at spaces, between characters of scripts without spaces, and where nothing fits."""
+        lines = [""]
+        for part in PARTS.findall(" ".join(text.split())):
+            if width(lines[-1] + part) > self.columns and lines[-1]:
+                lines.append("")
+                part = part.lstrip()
+            for c in part:
+                if width(lines[-1] + c) > self.columns and lines[-1]:
+                    lines.append("")
+                lines[-1] += c
+        return lines
 
 
 LIMITS = Limits()
@@ -54,7 +70,12 @@ class Cues:
             return True
         if word.start - start < SHORTEST:
             return False
-        return word.start - end >= PAUSE or text.endswith(SENTENCE_ENDS)
+        return word.start - end >= PAUSE or bool(SENTENCE_END.search(text))
+
+
+def width(text: str) -> float:
+    """Return the number of columns that a line takes."""
+    return sum(WIDE if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
 
 
 def text_of(words: list[Word]) -> str:
@@ -65,6 +86,12 @@ def text_of(words: list[Word]) -> str:
 def span(cue: list[Word], over: float = float("inf")) -> tuple[float, float]:
     """Return start and end of a cue in seconds: at least SHORTEST long, but over at `over` seconds."""
     return cue[0].start, min(max(cue[-1].end, cue[0].start + SHORTEST), over)
+
+
+def fields(word: Word) -> dict:
+    """Return a word for JSON: `partial` only where it is true."""
+    times = {"start": round(word.start, 3), "end": round(word.end, 3)}
+    return {key: value for key, value in (asdict(word) | times).items() if value is not False}
 
 
 def timestamp(seconds: float, mark: str) -> str:
@@ -86,10 +113,11 @@ class Writer:
     def __init__(self, file: BinaryIO, standard: bool = False, limits: Limits = LIMITS):
         self._file, self._standard = file, standard
         self._fixed, self._end = 0, b""  # number of bytes that stay, and the bytes after them
+        self._unwritten = b""  # what should stay, but could not be written
         self._put(self.HEAD, self.END)
 
     def write(self, word: Word) -> None:
-        """Add a final word. Raises OSError; the file is then as it was before."""
+        """Add a final word. Raises OSError; the file is then as it was before, and the next call adds this word too."""
         raise NotImplementedError
 
     def close(self, **summary: object) -> None:
@@ -100,16 +128,16 @@ class Writer:
             if not self._standard:
                 self._file.close()
 
-    def abandon(self) -> None:
-        """Close the file as it is."""
-        self._file.close()
+    def move(self, file: BinaryIO) -> None:
+        """Continue in `file`, which has the same content."""
+        self._file = file
 
     def _finish(self, summary: dict) -> None:
         """Write what ends the file."""
 
     def _put(self, fixed: str, end: str = "") -> None:
         """Append `fixed` for good, and `end` until the next call."""
-        data, tail = self._encoded(fixed), self._encoded(end)
+        data, tail = self._unwritten + self._encoded(fixed), self._encoded(end)
         if self._standard:
             self._file.write(data)
             self._file.flush()
@@ -119,8 +147,9 @@ class Writer:
         except OSError:
             with suppress(OSError):  # the disk is full, but there is room for the previous end
                 self._replace_end(self._end)
+            self._unwritten = data
             raise
-        self._fixed, self._end = self._fixed + len(data), tail
+        self._fixed, self._end, self._unwritten = self._fixed + len(data), tail, b""
 
     def _replace_end(self, data: bytes) -> None:
         self._file.seek(self._fixed)
@@ -141,8 +170,9 @@ class TextWriter(Writer):
         return text.encode(sys.stdout.encoding if self._standard else "utf-8", "replace")
 
     def write(self, word: Word) -> None:
-        self._put(word.text if self._any else word.text.lstrip())
+        text = word.text if self._any else word.text.lstrip()
         self._any = True
+        self._put(text)
 
     def _finish(self, summary: dict) -> None:
         self._put("\n" if self._any else "")
@@ -204,15 +234,15 @@ class TsvWriter(CueWriter):
 
 
 class JsonWriter(Writer):
-    """JSON: {"words": [{"text", "start", "end", "session"}, ...], ...summary}."""
+    """JSON: {"words": [{"text", "start", "end", "session"}, ...], ...summary}; a partial word has "partial": true."""
 
     HEAD, END = '{"words": [', "]}\n"
     _separator = ""
 
     def write(self, word: Word) -> None:
-        entry = asdict(word) | {"text": word.text.strip(), "start": round(word.start, 3), "end": round(word.end, 3)}
-        self._put(f"{self._separator}\n  {json.dumps(entry, ensure_ascii=False)}", "\n]}\n")
-        self._separator = ","
+        entry = json.dumps(fields(word) | {"text": word.text.strip()}, ensure_ascii=False)
+        separator, self._separator = self._separator, ","
+        self._put(f"{separator}\n  {entry}", "\n]}\n")
 
     def _finish(self, summary: dict) -> None:
         fields = "".join(f',\n"{key}": {json.dumps(value, ensure_ascii=False)}' for key, value in summary.items())
@@ -220,13 +250,14 @@ class JsonWriter(Writer):
 
 
 class JsonLinesWriter(Writer):
-    """JSON lines: {"text", "start", "end", "session"} for each final word; {"complete", ...summary} last.
+    """JSON lines: {"text", "start", "end", "session"} for each final word; {"complete", ...summary} last. Words that a
+    new session might have changed have "partial": true.
 
     A word's `text` begins with the space before the word: joined they are the transcript, in any script.
     """
 
     def write(self, word: Word) -> None:
-        self._line(asdict(word) | {"start": round(word.start, 3), "end": round(word.end, 3)})
+        self._line(fields(word))
 
     def _finish(self, summary: dict) -> None:
         self._line(summary)

@@ -17,20 +17,16 @@ A new session from there begins with a complete word.
 import itertools
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-import numpy as np
-
+from .levels import HOP, Levels
 from .protocol import FRAME, RATE
 
-HOP = 320  # samples of one level reading: 20 ms
 MARGIN = 4 * FRAME  # the model begins to write a word 0.01 to 0.2 s after its end, then one piece a frame
-PAUSE = 3 * FRAME  # silence required on both sides of a commit point
+LEAD = 6 * FRAME  # silence before the audio of a session after blanks: models are said to get stuck in sudden speech
 MAX_PARTIAL = 30 * RATE  # audio without a pause that is not committed yet: more is committed between two words
 WORDLESS_SECONDS = 1.5  # sound without a word that may be a cough; more is committed only if a second session agrees
-NEAR = RATE // 2  # next to a pause, or before a word's end, loud sound within this distance is the voice
-MAX_WORD = 2 * RATE  # longest word in the search for its start
-FLOOR_DB = -65.0  # everything below is silence: the noise of a quiet microphone
+MAX_RUN = 6 * FRAME  # text without spaces becomes a new word after this much audio
 # Chinese and Japanese are written without spaces; Korean, whose characters are as wide, is not.
 UNSPACED = re.compile(
     "[\u3000-\u30ff\u31f0-\u31ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\uff01-\uff9f\U00020000-\U0003ffff]"
@@ -42,13 +38,15 @@ class Word:
     """A word, or a run of text in scripts without spaces.
 
     `text` begins with the space before the word, so that the transcript is the concatenation of all texts.
-    `start`, `end`: seconds of the input. `session`: number of the session that transcribed it, from 1.
+    `start`, `end`: seconds of the input. `session`: number of the session that transcribed it, from 1. `partial`: a new
+    session might have changed it.
     """
 
     text: str
     start: float
     end: float
     session: int
+    partial: bool = False
 
 
 class Timeline:
@@ -62,12 +60,12 @@ class Timeline:
         self.partial: list[Word] = []  # words after `committed`: a new session would replace them
         self._final: list[Word] = []  # final words not yet taken
         self._last_char = ""  # of the final text
-        self._pcm, self._pcm_start = bytearray(), 0
-        self._levels: list[float] = []
-        self._levels_start = 0  # position of the first level reading
-        self._floor, self._edge, self._noise_at = FLOOR_DB, FLOOR_DB, -RATE
+        self._space = ""  # of the next word, which comes without it
+        self._pcm, self._pcm_start, self._levels = bytearray(), 0, Levels()
         self._last_end = 0  # end of the last final word
-        self._origin = self._frames = 0
+        self.lead = 0  # samples of silence to send before the session's audio
+        self._origin = self._frames = self._begun = 0  # `_begun`: where the last word was begun
+        self._shown = 0  # end of the audio whose words are known: until a new session answers, those of the last one
         self._last_text = 0  # position of the last delta with text
         self._blanks: tuple[int, int] | None = None  # audio without words that a second session must confirm
 
@@ -81,7 +79,7 @@ class Timeline:
     @property
     def transcribed(self) -> int:
         """End of the audio that the current session has transcribed, in samples."""
-        return self._origin + self._frames * FRAME
+        return self._origin - self.lead + self._frames * FRAME
 
     @property
     def session_length(self) -> int:
@@ -91,12 +89,7 @@ class Timeline:
     def add_audio(self, pcm: bytes) -> None:
         """Append PCM16 bytes, 16 kHz mono (an even number)."""
         self._pcm += pcm
-        start = self._levels_start + len(self._levels) * HOP
-        count = (self.received - start) // HOP
-        if count > 0:
-            samples = np.frombuffer(self.audio(start, count * HOP), "<i2").astype(np.float32) / 32768
-            power = np.square(samples.reshape(count, HOP)).mean(axis=1)
-            self._levels += (10 * np.log10(power + 1e-10)).tolist()
+        self._levels.add(pcm)
 
     def audio(self, start: int, count: int) -> bytes:
         """Return at most `count` samples from position `start` on, as PCM16 bytes. They must not be committed."""
@@ -112,31 +105,36 @@ class Timeline:
         start = self.received - keep
         if start <= self.committed:
             return None
-        lost = max(self.committed, min(self.transcribed, start)), start
+        lost = max(self.committed, min(self._shown, start)), start
         self._commit(start, sum(_samples(word.end) <= start for word in self.partial))
         return lost if lost[1] > lost[0] else None
 
     # --- sessions ---
 
     def begin(self) -> int:
-        """Start a new session: discard the partial words, return the position from which to send audio, in samples."""
-        self.session = next(self._numbers)
-        self.partial.clear()
+        """Ask a new session; return the position from which to send audio, in samples, behind `lead` of silence."""
+        self.lead = LEAD if self._blanks else 0
         self._origin, self._frames, self._last_text = self.committed, 0, self.committed
         return self._origin
 
     def add_delta(self, text: str) -> None:
-        """Add the text of the next frame, mostly empty; move the commit point where the audio allows it."""
+        """Add the text of the next frame, mostly empty; move the commit point where the audio allows it.
+
+        The first one of a session discards the partial words: from now on it is this session that transcribes them.
+        """
+        if not self._frames:
+            self.session = next(self._numbers)
+            self.partial.clear()
+            self._space = ""
         self._frames += 1
-        now = self.transcribed
+        self._shown = now = self.transcribed
         if text:
-            blank_before = now - self._last_text > FRAME
-            self._add(text, blank_before)
+            self._add(text, blank_before=now - self._last_text > FRAME)
             self._last_text = now
         point = min(now - MARGIN, self.received)
         if point <= self.committed or self._last_text > point:
             pass  # a word may still be coming
-        elif self._quiet(point - PAUSE, point + PAUSE) and self.wordless_sound() <= WORDLESS_SECONDS:
+        elif self._levels.pause(point) and self.wordless_sound() <= WORDLESS_SECONDS:
             self._commit(point, len(self.partial))
         elif self._blanks and now >= self._blanks[1] + MARGIN and self._last_text <= self._blanks[0] + RATE:
             self._commit(point, len(self.partial))  # two sessions found no words
@@ -150,14 +148,21 @@ class Timeline:
         late = [end for end in ends if end > (self.committed + now) // 2] or ends
         for end in late:
             if self.committed < end < now - MARGIN:
-                level, point = self._quietest(max(end - 4 * HOP, self.committed + HOP), end + 8 * HOP)
+                level, point = self._levels.quietest(max(end - 4 * HOP, self.committed + HOP), end + 8 * HOP)
                 if best is None or level <= best[0]:
                     best = level, point, ends.index(end) + 1
         if best is None and now - MARGIN > self.committed + FRAME:
-            level, point = self._quietest(max(now - 2 * RATE, self.committed + FRAME), now - MARGIN)
+            level, point = self._levels.quietest(max(now - 2 * RATE, self.committed + FRAME), now - MARGIN)
             best = level, point, sum(end <= point for end in ends)
         if best is not None:
             self._commit(best[1], best[2])
+
+    def commit_wordless(self, seconds: float) -> None:
+        """Commit all words, pause or not, where no word ended in the last `seconds`: none is unfinished."""
+        last = _samples(self.partial[-1].end) if self.partial else self._last_end
+        point = min(self.transcribed - MARGIN, self.received)
+        if self._last_text <= point > self.committed and self.transcribed - last >= seconds * RATE:
+            self._commit(point, len(self.partial))
 
     def finish(self) -> None:
         """Commit everything: the input has ended, and the server has transcribed all of it."""
@@ -172,8 +177,7 @@ class Timeline:
 
     def wordless_sound(self) -> float:
         """Return the seconds of sound above the noise since the last word that were transcribed without a word."""
-        loud = self._readings(self._answered, self.transcribed) > self._noise((0, self.received))
-        return float(loud.sum()) * HOP / RATE
+        return self._levels.sound(self._answered, self.transcribed)
 
     def wordless(self) -> float:
         """Return the seconds of audio, silent or not, since the last word."""
@@ -193,7 +197,7 @@ class Timeline:
     def _commit(self, point: int, words: int) -> None:
         """Make `point` the commit point and the first `words` partial words final."""
         if words:
-            self._final += self.partial[:words]
+            self._final += [replace(word, partial=False) for word in self.partial[:words]]
             last = self.partial[words - 1]
             self._last_char, self._last_end = last.text[-1], _samples(last.end)
             del self.partial[:words]
@@ -202,105 +206,44 @@ class Timeline:
             self._blanks = None
         del self._pcm[: 2 * max(0, point - self._pcm_start)]
         self._pcm_start = max(self._pcm_start, point)
-        excess = (point - 30 * RATE - self._levels_start) // HOP
-        if excess > 0:
-            del self._levels[:excess]
-            self._levels_start += excess * HOP
+        self._levels.discard(point)
 
     def _add(self, text: str, blank_before: bool) -> None:
         """Append the text of the last transcribed frame to the partial words."""
-        if self._last_text == self._origin and self._last_char and _apart(self._last_char, text[0]):
-            text = " " + text  # the first word of a later session may lack its space
-        for i, piece in enumerate(_split(text)):
-            last = self.partial[-1].text if self.partial else ""
-            fresh = not last or piece[0].isspace() or last[-1].isspace()
-            if fresh or i or (blank_before and piece[0].isalnum()):
-                start, end = self._locate(self.transcribed - FRAME)
-                self.partial.append(Word(piece, start / RATE, end / RATE, self.session))
-            else:
-                word = self.partial[-1]
-                self.partial[-1] = Word(word.text + piece, word.start, word.end, word.session)
+        mark = self.transcribed - FRAME
+        if self._last_text == self._origin:
+            text = spaced(self._last_char, text)  # the first word of a later session may lack its space
+        elif self._space and not text[0].isspace():  # the tokenizer writes " 2024" as " ", "2", "0", ...
+            text, mark = self._space + text, mark if blank_before else mark - FRAME
+        self._space = text[len(text.rstrip()) :]
+        for piece in re.findall(r"\s*\S+", text):
+            last = self.partial[-1] if self.partial else None
+            sounds = piece[0].isalnum()
+            run = sounds and UNSPACED.match(piece)
+            long = blank_before or self.transcribed - self._begun >= MAX_RUN
+            mute = last and not blank_before and not any(map(str.isalnum, last.text))  # a dash takes what follows
+            if not last or (piece[0].isspace() and not mute) or (run and long):
+                start, end = self._locate(mark)
+                self.partial.append(Word(piece, start / RATE, end / RATE, self.session, partial=True))
+                self._begun = self.transcribed
+                continue
+            end = last.end
+            if (run or (sounds and blank_before)) and self._levels.sound(_samples(end), mark):
+                end = self._locate(mark)[1] / RATE  # it was not over
+            self.partial[-1] = replace(last, text=last.text + piece, end=end)
 
-    def _locate(self, marked: int) -> tuple[int, int]:
-        """Return start and end of the word whose end the model marked in the frame that ends at `marked`, in samples.
-
-        The mark is in the frame in which the word ends, or in the one before or after it. The end is where the sound
-        becomes silent near the middle of that frame. The start is where the sound began.
-        """
-        earliest = max(_samples(self.partial[-1].end) if self.partial else self._last_end, self._origin)
-        first = -(-max(earliest, marked - MAX_WORD, self._levels_start) // HOP) * HOP
-        loud = self._readings(first, marked + 2 * FRAME) > self._noise((marked - NEAR, marked), edge=True)
-        expected = (marked - FRAME // 2 - first) // HOP  # index of the reading after the word's end
-        falls = np.flatnonzero(loud[:-1] & ~loud[1:]) + 1
-        falls = falls[abs(falls - expected) <= 2 * FRAME // HOP]
-        stop = int(falls[abs(falls - expected).argmin()]) if len(falls) else max(expected, 1)
-        start = stop
-        while start > 0 and loud[max(0, start - 7) : start].any():  # less than 140 ms of silence: a plosive
-            start -= 1
-        while start < stop - 1 and not loud[start]:
-            start += 1
-        end = max(first + stop * HOP, earliest + HOP)
-        return max(earliest, min(first + start * HOP, end - HOP)), end
-
-    def _readings(self, start: int, end: int) -> np.ndarray:
-        """Return the level readings in dB within [start, end), shape (n,)."""
-        first = max(0, -(-(start - self._levels_start) // HOP))
-        return np.array(self._levels[first : max(first, (end - self._levels_start) // HOP)])
-
-    def _quiet(self, start: int, end: int) -> bool:
-        """Is all audio within [start, end) silent? Audio that is not received yet counts as silent."""
-        middle = (start + end) // 2
-        noise = self._noise((start - NEAR, middle), (middle, end + NEAR))
-        return bool((self._readings(start, end) <= noise).all())
-
-    def _quietest(self, start: int, end: int) -> tuple[float, int]:
-        """Return level and position of the quietest reading within [start, end)."""
-        readings = self._readings(start, end)
-        if not len(readings):
-            return 0.0, end
-        quietest = int(readings.argmin())
-        return float(readings[quietest]), -(-start // HOP) * HOP + quietest * HOP
-
-    def _noise(self, *voices: tuple[int, int], edge: bool = False) -> float:
-        """Return the level in dB below which sound counts as silence: in the last 30 s, and in each span of `voices`.
-
-        It is at most 8 dB above the noise floor, less where speech is little louder, and at least the loud parts of the
-        quietest span less 35 dB: below that is only breath. Loud sound elsewhere, for example a tone, has no effect.
-        `edge`: for the begin and end of a word. In steady noise that level is nearer to the floor.
-        """
-        if self.received - self._noise_at >= RATE // 2:
-            self._noise_at = self.received
-            recent = self._levels[-30 * RATE // HOP :]
-            lowest, floor, loud = np.percentile(recent, (2, 10, 95)) if recent else [FLOOR_DB] * 3
-            rise = min(8, 0.4 * (loud - floor))
-            self._floor = max(FLOOR_DB, floor + rise)
-            self._edge = max(FLOOR_DB, floor + min(rise, 2 + 6 * (floor - lowest)))
-        readings = [self._readings(max(start, self.received - 30 * RATE), end) for start, end in voices]
-        loud = min((_percentile(span, 0.95) for span in readings if len(span)), default=FLOOR_DB)
-        return max(self._edge if edge else self._floor, loud - 35)
-
-
-def _percentile(levels: np.ndarray, share: float) -> float:
-    """np.percentile of some dozen levels, which needs ten times as long for its checks as for its work."""
-    ordered, at = np.sort(levels), share * (len(levels) - 1)
-    low = int(at)
-    return float(ordered[low] + (at - low) * (ordered[min(low + 1, len(levels) - 1)] - ordered[low]))
+    def _locate(self, mark: int) -> tuple[int, int]:
+        """Return start and end, in samples, of the sound after the last word that ends in the frame up to `mark`."""
+        last_end = _samples(self.partial[-1].end) if self.partial else self._last_end
+        return self._levels.word(max(last_end, self._origin), mark)
 
 
 def _samples(seconds: float) -> int:
     return round(seconds * RATE)
 
 
-def _split(text: str) -> list[str]:
-    """Split before each whitespace that follows a word. The pieces joined are the text."""
-    pieces = [""]
-    for c in text:
-        if c.isspace() and pieces[-1].strip():
-            pieces.append("")
-        pieces[-1] += c
-    return pieces
-
-
-def _apart(before: str, after: str) -> bool:
-    """Is a space missing between these two characters of different words?"""
-    return not (before.isspace() or after.isspace() or UNSPACED.match(before) or UNSPACED.match(after))
+def spaced(before: str, text: str) -> str:
+    """Return the text of a session's first word, with a space if one is missing after the text `before`."""
+    if not before or before[-1].isspace() or text[0].isspace() or UNSPACED.match(before[-1]) or UNSPACED.match(text):
+        return text
+    return " " + text

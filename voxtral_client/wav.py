@@ -6,55 +6,32 @@ because it buffers 64 KiB of a stream before it yields audio. A file of more tha
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass
 
 UNKNOWN = 0x7F00_0000  # bytes; programs that write into a pipe put this length, or a larger one, into the header
 FORMS = (b"RIFF", b"RF64")  # the first four bytes of a file
 LONGEST_CHUNK = 1 << 26  # bytes; no chunk of metadata is longer
-CODES = {(1, 8): "u8", (1, 16): "s16le", (1, 24): "s24le", (1, 32): "s32le", (3, 32): "f32le", (3, 64): "f64le",
-         (6, 8): "alaw", (7, 8): "mulaw"}  # fmt: skip
 
 
-@dataclass
-class Wav:
-    """Content of a header. `form`: FFmpeg's name of the sample format, None for a compressed one.
+def read_header(take: Callable[[int], bytes]) -> tuple[bytes, int | None]:
+    """Read up to the first sample. Return the bytes read, and how many bytes of samples follow by the header.
 
-    `rate`: samples a second. `size`: bytes of samples that follow, None where the header does not give it.
-    """
-
-    form: str | None
-    rate: int
-    channels: int
-    bytes_a_second: int
-    size: int | None = None
-
-
-def read_header(take: Callable[[int], bytes]) -> tuple[Wav | None, bytes]:
-    """Read up to the first sample. Return the header's content (None: this is not WAV), and the bytes read.
-
+    That number is 0 where the header does not give it, and None where this is not WAV.
     `take(n)` returns the next n bytes, fewer at the end.
     """
-    head, wav, long_size = take(12), None, None
+    head, long_size = take(12), 0
     if head[:4] not in FORMS or head[8:] != b"WAVE":
-        return None, head
+        return head, None
     while len(start := take(8)) == 8:
         head += start
         name, size = start[:4], int.from_bytes(start[4:], "little")
         if name == b"data":
-            if wav:
-                wav.size = long_size if size == 0xFFFF_FFFF else size or None
-            return wav, head
+            return head, long_size if size == 0xFFFF_FFFF else size
         if size > LONGEST_CHUNK:
             break
         head += (chunk := take(size + size % 2))
-        if name == b"ds64" and len(chunk) >= 16:
-            long_size = int.from_bytes(chunk[8:16], "little") or None
-        elif name == b"fmt " and len(chunk) >= 16:
-            code, channels, rate, bytes_a_second, _, bits = struct.unpack_from("<HHIIHH", chunk)
-            code = int.from_bytes(chunk[24:26], "little") if code == 0xFFFE else code  # extensible
-            if channels and rate and bytes_a_second:
-                wav = Wav(CODES.get((code, bits)), rate, channels, bytes_a_second)
-    return None, head
+        if name == b"ds64":
+            long_size = int.from_bytes(chunk[8:16], "little")
+    return head, None
 
 
 def is_chunk(start: bytes) -> bool:

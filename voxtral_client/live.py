@@ -4,19 +4,17 @@ import argparse
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from contextlib import aclosing
 from pathlib import Path
 
 from rich.text import Text
 
-from . import UserError
-from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, positive, run, server_from
+from .cli import Interrupts, Parser, add_cue_options, add_server_options, count, many, positive, run, server_from
 from .microphone import Microphone, choose, devices, silence_libraries
-from .outputs import writer_for
-from .protocol import RATE
+from .outputs import Output, Transcript, format_of, standard_output
 from .recording import Recording
-from .screen import Screen
-from .subtitles import FORMATS, Limits, Writer
+from .screen import Screen, ScreenWriter
+from .subtitles import FORMATS, Limits
 from .timeline import Word
 from .transcriber import Transcriber
 
@@ -53,22 +51,22 @@ def hms(duration: float) -> str:
     return f"{duration // 3600:.0f}:{duration // 60 % 60:02.0f}:{duration // 1 % 60:02.0f}"
 
 
-class Captions:
+class Live:
     """One run: from the microphone through the server to the screen and the files.
 
     Raises AudioError where there is no such device, Refused where the options name no server.
     """
 
     def __init__(self, options: argparse.Namespace, screen: Screen):
-        self.options, self.screen, self.files = options, screen, []
+        self.options, self.screen = options, screen
         self.complete = False  # Ctrl+C or --max-duration ended it, the last words came, and no audio is missing
-        self.plain = not options.format or bool(options.output)  # stdout receives plain text
         server = server_from(options)
         self.microphone = Microphone(options.device, options.channels, screen.say)
         settings = {"model": options.model, "give_up_after": options.give_up_after, "notify": self.notify}
         self.transcriber = Transcriber(server, live=True, **settings)
         self.state, self.reported, self.started = "CONNECTING", 0, time.monotonic()
-        self.last_end, self.fresh = 0.0, True  # end of the last word in seconds; a new line has begun
+        self.told: set[str] = set()  # errors with files
+        self.text = ScreenWriter(screen, PARAGRAPH_SECONDS)
 
     def notify(self, state: str, message: str) -> None:
         """Report a change of state to the user, once."""
@@ -87,7 +85,7 @@ class Captions:
 
     def live(self) -> tuple[str, Text]:
         """Return the partial text and the status line: state, level from -60 dB to 0, elapsed time, lag, device."""
-        partial = "".join(word.text for word in self.transcriber.timeline.partial)
+        partial = "".join(word.text for word in self.transcriber.partial)
         microphone, elapsed = self.microphone, time.monotonic() - self.started
         state = self.state if microphone.connected else "NO DEVICE"
         color = {"LISTENING": "green", "CONNECTING": "yellow"}.get(state, "red")
@@ -95,61 +93,48 @@ class Captions:
         meter = ("━" * filled, "green" if microphone.level < -3 else "red"), ("━" * (12 - filled), "bright_black")
         line = Text.assemble((f"● {state.lower():10}", color), *meter, f" {microphone.level:4.0f} dB  ", no_wrap=True)
         line.append(f"{hms(elapsed)}  lag {self.transcriber.lag:.1f} s  {microphone.device.name}", "dim")
-        return partial.lstrip() if self.fresh else partial, line
+        return partial.lstrip() if self.text.fresh else partial, line
 
-    def store(self, file: Recording | Writer | None, item: bytes | Word | None = None) -> None:
-        """Write to an output file, or close it; after an error the captions continue without that file.
+    def tell(self, error: str | None, then: str) -> None:
+        """Report that a file cannot be written, once."""
+        if error and error not in self.told:
+            self.told.add(error)
+            self.screen.say(f"{error}; {then}")
 
-        Raises OSError for standard output.
-        """
-        if file not in self.files:
-            return
-        try:
-            if item is not None:
-                file.write(item)
-            elif file is self.writer:
-                file.close(complete=self.complete)
-            else:
-                file.close()
-        except OSError as error:
-            if file is self.writer and not self.options.output:
-                raise
-            self.files.remove(file)
-            name = self.options.record if file is self.recording else self.options.output
-            self.screen.say(f"{name}: {error.strerror or error}; continuing without it")
-            with suppress(OSError):
-                file.close()
+    def close(self) -> None:
+        """Finish the output files. Raises OSError for standard output."""
+        if self.recording:
+            self.recording.close()
+        if self.transcriber.received or not self.options.output:  # an empty file would prevent the next run
+            missing: list[list[float]] = []
+            for start, end in sorted(self.transcriber.missing + self.microphone.missing):
+                if missing and start <= missing[-1][1] + 0.01:
+                    start, _ = missing.pop()
+                missing.append([round(start, 3), round(end, 3)])
+            self.transcript.close(self.complete, missing=missing)
 
     def write(self, word: Word) -> None:
-        """Print a final word; after a pause on a new line."""
-        self.store(self.writer, word)
-        if not self.plain:
-            return
-        if not self.fresh and word.start - self.last_end > PARAGRAPH_SECONDS:
-            self.screen.write("\n")
-            self.fresh = True
-        self.screen.write(word.text.lstrip() if self.fresh else word.text)
-        self.fresh, self.last_end = False, word.end
+        """Write a final word."""
+        self.transcript.write(word)
+        self.tell(self.transcript.error, "trying again with each word")
 
     async def audio(self, stop: asyncio.Event) -> AsyncIterator[bytes]:
         """Yield the microphone's audio (PCM16 bytes, 16 kHz mono), and record it."""
         async with aclosing(self.microphone.chunks(stop)) as chunks:
             async for pcm in chunks:
-                self.store(self.recording, pcm)
+                if self.recording:
+                    self.recording.write(pcm)
+                    self.tell(self.recording.error, "continuing without it")
                 yield pcm
 
     def open_files(self) -> None:
-        """Open the output files. Raises UserError or OSError; then none is left behind."""
-        options, path = self.options, self.options.output or (None if self.plain else "-")
+        """Open the output files. Raises UserError; then none is left behind."""
+        options, path = self.options, self.options.output
         limits = Limits(options.max_line_count, options.max_line_width)
+        files = [Output(Path(path), options.format or format_of(path), limits)] if path else []
+        plain = files or not options.format
+        self.transcript = Transcript(self.text if plain else standard_output(options.format, limits), files)
         self.recording = Recording(options.record) if options.record else None
-        try:
-            self.writer = writer_for(path, options.format, new=True, limits=limits) if path else None
-        except (UserError, OSError):
-            if self.recording:
-                self.recording.close()
-            raise
-        self.files = [file for file in (self.recording, self.writer) if file]
 
     async def run(self) -> int:
         """Caption until Ctrl+C or --max-duration, and return the exit code."""
@@ -158,36 +143,36 @@ class Captions:
         interrupts = Interrupts(self.screen.say)
         if self.options.max_duration:
             asyncio.get_running_loop().call_later(self.options.max_duration, interrupts.stop.set)
-        timeline, microphone, self.started = self.transcriber.timeline, self.microphone, time.monotonic()
+        transcriber, microphone, self.started = self.transcriber, self.microphone, time.monotonic()
         async with self.screen.redrawn(self.live):
             try:
-                async with aclosing(self.transcriber.words(self.audio(interrupts.stop))) as words:
+                async with aclosing(transcriber.words(self.audio(interrupts.stop))) as words:
                     async for word in words:
                         self.write(word)
-                self.complete = not (self.transcriber.missing or microphone.dropped)
+                self.complete = not (transcriber.missing or microphone.missing or microphone.dropped)
             finally:
-                for word in timeline.partial:  # no session will replace it any more
+                for word in transcriber.partial:  # no session will replace it any more
                     self.write(word)
-                self.screen.write("" if self.fresh else "\n")
-                for file in list(self.files):
-                    self.store(file)
-                if self.options.output and not timeline.received:
-                    Path(self.options.output).unlink(missing_ok=True)  # an empty file would prevent the next run
+                self.close()
         dropped = f", {microphone.dropped} blocks of audio lost" if microphone.dropped else ""
-        self.screen.say(f"{hms(timeline.received / RATE)} heard, {self.transcriber.sessions} sessions{dropped}")
-        return 0
+        self.screen.say(f"{hms(transcriber.received)} heard, {many(transcriber.sessions, 'sessions')}{dropped}")
+        errors = [file.error for file in (self.transcript, self.recording) if file and file.error]
+        for error in errors:
+            self.screen.say(f"error: {error}")
+        return 1 if errors else 0
 
 
 async def caption(options: argparse.Namespace) -> int:
     """List the devices or caption, and return the exit code."""
     if options.list_devices:
         found = devices()
+        usual = choose(None, found)
         for device in found:
-            mark = "*" if device == choose(None, found) else " "
+            mark = "*" if device == usual else " "
             print(f"{mark}{device.number:3} {device.name} ({device.host})")
         return 0
     with Screen(options.quiet) as screen:
-        return await Captions(options, screen).run()
+        return await Live(options, screen).run()
 
 
 def main(argv: list[str] | None = None) -> int:
