@@ -9,6 +9,8 @@ import logging
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from .log import Sentence
+
 TESTED = {"vllm": "0.32.0", "vllm-bnb-plugin": "0.0.3"}
 
 
@@ -42,11 +44,12 @@ def version_problem() -> str | None:
 
 @functools.cache  # vLLM may call it more than once in a process
 def register() -> None:
-    """Replace vllm-bnb-plugin's two classes by subclasses. Never raises.
+    """Replace vllm-bnb-plugin's two classes by subclasses, and a line of the log. Never raises.
 
     The versions are not checked here, because a server of another model, or without quantization, must start with any
     version. They are checked when Voxtral Realtime is loaded with bitsandbytes.
     """
+    logging.getLogger("vllm.v1.core.kv_cache_utils").addFilter(Sentence())
     try:
         import vllm_bnb_plugin
 

@@ -8,39 +8,34 @@ the time of a step with 64 unpaced sessions.
 Here: up to AHEAD frames of a session are in the engine. vLLM merges an output with the next one if the API process has
 not read it yet. One delta would then be two frames, so the outputs of a session are queued instead.
 Relies on: the engine knows the token (`_update_request_as_session` replaces it by the same token from the request);
-vLLM's queues of frames in the scheduler (`streaming_queue`) and in the API process (`input_chunk_queue`). The parts for
-engine and API process check the same functions, so that both are on or both are off. The text does not change.
+vLLM's queues of frames in the scheduler (`streaming_queue`) and in the API process (`input_chunk_queue`). The API
+process sends frames in advance only if all engines say that this patch is on. The text does not change.
 Unnecessary with: realtime models whose tokens are fed back in the engine (no issue known).
 """
 
 import asyncio
 from collections import deque
 
-from . import expect
-from .frames import Frames, mark_sessions
+from .frames import Frames
 
 AHEAD = 4  # most frames of a session in the engine: enough to keep it busy, and few to discard when the session ends
 ANY = 0  # placeholder for the token that the engine knows
 
 
-def check() -> None:
-    """Raises Unexpected."""
-    from vllm.entrypoints.speech_to_text.realtime.connection import RealtimeConnection
-    from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeBuffer, VoxtralRealtimeGeneration
-    from vllm.v1.core.sched.scheduler import Scheduler
-
-    expect(Scheduler._update_request_as_session, "82a6f2d15293")
-    expect(VoxtralRealtimeGeneration.buffer_realtime_audio.__func__, "0f8dfd4d0b88")
-    expect(VoxtralRealtimeBuffer.get_input_stream, "ea57901a276f")
-    expect(RealtimeConnection._run_generation, "5cf55d3a1b26")
+CHECKED = {
+    "vllm.v1.core.sched.scheduler:Scheduler._update_request_as_session": "82a6f2d15293",
+    "vllm.v1.engine.async_llm:AsyncLLM._add_streaming_input_request": "0c7d0fd89495",
+    "vllm.v1.engine.output_processor:RequestOutputCollector": "312eb6353707",
+    "vllm.model_executor.models.voxtral_realtime:VoxtralRealtimeGeneration.buffer_realtime_audio": "0f8dfd4d0b88",
+    "vllm.model_executor.models.voxtral_realtime:VoxtralRealtimeBuffer.get_input_stream": "ea57901a276f",
+    "vllm.entrypoints.speech_to_text.realtime.connection:RealtimeConnection._run_generation": "5cf55d3a1b26",
+}
 
 
 def apply_to_engine() -> None:
-    """Put the token of the previous frame into each frame. Raises Unexpected."""
+    """Put the token of the previous frame into each frame."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    check()
-    mark_sessions()
     update_session = Scheduler._update_request_as_session
 
     def update_with_own_token(self, session, update):
@@ -54,14 +49,11 @@ def apply_to_engine() -> None:
 
 
 def apply_to_server() -> None:
-    """Let each session send up to AHEAD frames before their tokens arrive. Raises Unexpected."""
+    """Let each session send up to AHEAD frames before their tokens arrive."""
     from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeGeneration
     from vllm.v1.engine.async_llm import AsyncLLM
     from vllm.v1.engine.output_processor import RequestOutputCollector
 
-    check()
-    expect(AsyncLLM._add_streaming_input_request, "0c7d0fd89495")
-    expect(RequestOutputCollector, "312eb6353707")
     buffer_audio = VoxtralRealtimeGeneration.buffer_realtime_audio.__func__
 
     async def buffer_ahead(cls, audio_stream, input_stream, model_config):
@@ -93,9 +85,11 @@ def apply_to_server() -> None:
 
     add_streaming = AsyncLLM._add_streaming_input_request
 
-    async def add_in_order(self, *args, **kwargs):
-        collector = await add_streaming(self, *args, **kwargs)
+    async def add_in_order(self, request_id, frames, *args, **kwargs):
+        collector = await add_streaming(self, request_id, frames, *args, **kwargs)
         collector.__class__, collector.later = InOrder, deque()
+        # As in voxtral_realtime.engine, for vLLM's own connections: it does not close `frames` where it refuses one.
+        collector._input_stream_task.add_done_callback(lambda task: task.get_loop().create_task(frames.aclose()))
         return collector
 
     AsyncLLM._add_streaming_input_request = add_in_order

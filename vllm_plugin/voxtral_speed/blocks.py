@@ -10,17 +10,16 @@ Unnecessary with: the same shortcut in vLLM (no issue known).
 
 import functools
 
-from . import expect
-from .frames import Frames, mark_sessions
+from .frames import Frames
+
+CHECKED = {"vllm.v1.core.kv_cache_manager:KVCacheManager.allocate_slots": "8c60d937fd9e"}
 
 
 def apply_to_engine() -> None:
-    """Raises Unexpected."""
+    """Leave out what the allocator does for a session that needs no block."""
     from vllm.v1.core.kv_cache_manager import KVCacheManager
 
     allocate = KVCacheManager.allocate_slots
-    expect(allocate, "8c60d937fd9e")
-    mark_sessions()
 
     def allocate_at_block_ends(self, request, num_new_tokens, *args, **kwargs):
         one_frame = num_new_tokens == 1 and type(request.mm_features) is Frames and not self.enable_caching

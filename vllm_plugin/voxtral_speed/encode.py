@@ -14,19 +14,19 @@ from voxtral_int4 import is_voxtral_realtime
 
 from . import active, expect, logger
 
+CHECKED = {
+    "vllm.model_executor.models.voxtral_realtime:VoxtralRealtimeGeneration.embed_multimodal": "f90a7704ed77",
+    "vllm.model_executor.models.voxtral:VoxtralEncoderModel.compute_whisper_melspec": "48e3cfb17880",
+    "vllm.model_executor.models.whisper_causal:WhisperCausalEncoder.forward_conv": "ffaf5c13b146",
+}
 IN_FLIGHT = 4  # copies to the GPU that may run at once; vLLM has at most two steps in flight
 
 
 def apply_to_engine() -> None:
-    """Raises Unexpected."""
-    from vllm.model_executor.models.voxtral import VoxtralEncoderModel
+    """Encode frames as a batch, and on a GPU by `encode_on_gpu`. Raises Unexpected."""
     from vllm.model_executor.models.voxtral_realtime import VoxtralRealtimeGeneration
-    from vllm.model_executor.models.whisper_causal import WhisperCausalEncoder
     from vllm.platforms import current_platform
 
-    expect(VoxtralRealtimeGeneration.embed_multimodal, "f90a7704ed77")
-    expect(VoxtralEncoderModel.compute_whisper_melspec, "48e3cfb17880")
-    expect(WhisperCausalEncoder.forward_conv, "ffaf5c13b146")
     embed = VoxtralRealtimeGeneration.embed_multimodal
 
     def embed_multimodal(self, **kwargs):
@@ -48,7 +48,7 @@ def apply_to_engine() -> None:
         return embedded
 
     VoxtralRealtimeGeneration.embed_multimodal = embed_multimodal
-    if not current_platform.is_cpu() and active("release") and active("ended"):
+    if not current_platform.is_cpu() and active("release"):
         encode_on_gpu()
 
 
@@ -72,8 +72,8 @@ def encode_on_gpu() -> None:
     from vllm.v1.worker.gpu.model_runner import GPUModelRunner
     from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 
-    expect(DefaultModelState.prepare_inputs_embeds, "46f7bf9ab2a9")
-    expect(GPUModelRunner.capture_model, "bad5e0346103")
+    expect("vllm.v1.worker.gpu.model_states.default:DefaultModelState.prepare_inputs_embeds", "46f7bf9ab2a9")
+    expect("vllm.v1.worker.gpu.model_runner:GPUModelRunner.capture_model", "bad5e0346103")
     prepare, capture = DefaultModelState.prepare_inputs_embeds, GPUModelRunner.capture_model
 
     def prepare_directly(self, scheduled_encoder_inputs, input_batch, req_states):
@@ -88,11 +88,20 @@ def encode_on_gpu() -> None:
     def capture_and_more(self, *, profile_only=False):
         size = capture(self, profile_only=profile_only)
         if not profile_only and is_voxtral_realtime(self.model_config):
-            self.model_state.frame_encoder = FrameEncoder(self.get_model(), self.max_num_reqs, self.device)
+            self.model_state.frame_encoder = frame_encoder(self)
         return size
 
     DefaultModelState.prepare_inputs_embeds = prepare_directly
     GPUModelRunner.capture_model = capture_and_more
+
+
+def frame_encoder(runner) -> "FrameEncoder | None":
+    """Return the encoder for a worker, or None: it needs memory when vLLM has already reserved its share."""
+    try:
+        return FrameEncoder(runner.get_model(), runner.max_num_reqs, runner.device)
+    except Exception as error:  # the server works without it
+        logger.warning("frames are encoded without CUDA graphs: %s", str(error).partition("\n")[0])
+        return None
 
 
 def single_frames(features: dict, scheduled: dict[str, list[int]], batch) -> list | None:
@@ -116,8 +125,9 @@ class FrameEncoder:
     """Mel and convolutions of up to `most` frames, captured as CUDA graphs."""
 
     def __init__(self, model, most: int, device):
-        """Capture a graph for each size of batch, which takes about 20 ms."""
+        """Capture a graph for each size of batch, which takes about 20 ms. Raises RuntimeError: no memory."""
         import torch
+        from vllm.utils.platform_utils import is_pin_memory_available
 
         audio = model.audio_config
         # A frame is 80 ms of audio plus the look-back and look-ahead of streaming.
@@ -125,7 +135,8 @@ class FrameEncoder:
         self.samples = round(audio.sampling_rate * milliseconds / 1000)
         dtype = model.whisper_encoder.dtype
         self._sizes = [size for size in (1, 2, 4, 8) if size < most] + [*range(16, most, 16), most]
-        self._pinned = [torch.zeros(most, self.samples, dtype=dtype, pin_memory=True) for _ in range(IN_FLIGHT)]
+        pin = is_pin_memory_available()  # WSL2 may have none; copies to the GPU then wait
+        self._pinned = [torch.zeros(most, self.samples, dtype=dtype, pin_memory=pin) for _ in range(IN_FLIGHT)]
         self._turn = 0
         self._input = torch.zeros(most, self.samples, dtype=dtype, device=device)
         self._graphs, pool = {}, None

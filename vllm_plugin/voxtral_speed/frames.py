@@ -6,8 +6,6 @@ over positions: an entry may become small, but must stay. `mark_sessions` turns 
 recognize a session of Voxtral Realtime by this type.
 """
 
-import functools
-
 from voxtral_int4 import is_voxtral_realtime
 
 from . import expect
@@ -39,15 +37,28 @@ class Spent(int):
         return int(self)
 
 
-@functools.cache
+def is_late(model_config, request, known: dict) -> bool:
+    """Return whether a request is a frame, or the end, of a session that is not `known` any more. Both are one token.
+
+    A session's first request is its prompt. In vLLM a late frame becomes a new session.
+    """
+    late = len(request.prompt_token_ids or ()) == 1 and request.request_id not in known
+    return late and is_voxtral_realtime(model_config)
+
+
 def mark_sessions() -> None:
-    """Make every new session of Voxtral Realtime keep its features in `Frames`. Raises Unexpected."""
+    """Make every new session of Voxtral Realtime keep its features in `Frames`, and drop late frames.
+
+    Raises Unexpected.
+    """
     from vllm.v1.core.sched.scheduler import Scheduler
 
+    expect("vllm.v1.core.sched.scheduler:Scheduler.add_request", "fa2b51cd04a9")
     add_request = Scheduler.add_request
-    expect(add_request, "fa2b51cd04a9")
 
     def marked(self, request):
+        if is_late(self.vllm_config.model_config, request, self.requests):
+            return
         grows = request.resumable and type(request.mm_features) is list
         if grows and is_voxtral_realtime(self.vllm_config.model_config):
             request.mm_features = Frames(request.mm_features)

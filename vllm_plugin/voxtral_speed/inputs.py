@@ -13,18 +13,17 @@ import uuid
 
 from voxtral_int4 import is_voxtral_realtime
 
-from . import expect
+CHECKED = {"vllm.entrypoints.speech_to_text.realtime.serving:OpenAIServingRealtime.transcribe_realtime": "ab4b39ac28d3"}
 
 
 def apply_to_server() -> None:
-    """Raises Unexpected."""
+    """Build the inputs of Voxtral Realtime."""
     import torch
     from vllm.entrypoints.speech_to_text.realtime import serving
     from vllm.inputs.engine import mm_input
     from vllm.multimodal import inputs
 
     realtime = serving.OpenAIServingRealtime
-    expect(realtime.transcribe_realtime, "ab4b39ac28d3")
     transcribe, field = realtime.transcribe_realtime, inputs.MultiModalBatchedField()
 
     async def transcribe_directly(self, audio_stream, input_stream):

@@ -9,19 +9,20 @@ which block hashes need.
 Unnecessary with: vllm#50871.
 """
 
-from . import ended, expect
-from .frames import Frames, Spent, mark_sessions
+from . import need
+from .frames import Frames, Spent
+
+CHECKED = {
+    "vllm.v1.core.sched.scheduler:Scheduler._free_encoder_input": "d015877ed844",
+    "vllm.v1.core.encoder_cache_manager:EncoderCacheManager.free_encoder_input": "221235ce752d",
+}
 
 
 def apply_to_engine() -> None:
-    """Raises Unexpected."""
-    from vllm.v1.core.encoder_cache_manager import EncoderCacheManager
+    """Release what a frame in the KV cache holds. Raises Unexpected."""
     from vllm.v1.core.sched.scheduler import Scheduler
 
-    expect(Scheduler._free_encoder_input, "d015877ed844")
-    expect(EncoderCacheManager.free_encoder_input, "221235ce752d")
-    mark_sessions()
-    ended.apply_to_engine()
+    need("ended")
     free = Scheduler._free_encoder_input
 
     def free_and_release(self, request, input_id):

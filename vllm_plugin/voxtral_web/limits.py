@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import Callable
+import re
 
 from starlette.types import Message, Receive, Send
 
@@ -11,7 +11,9 @@ MESSAGE_BYTES = 2**20  # of JSON: 24 s of audio
 # while no transcription runs. AHEAD_BYTES (8.7 minutes): while one runs. This is large, because a client that has to
 # wait gets no pongs, and may then close the connection.
 WAITING_BYTES, AHEAD_BYTES = 2**20, 2**24
-FRAME_BYTES = 2560  # PCM16 behind one delta: 80 ms at 16 kHz
+# Errors after which no transcription runs: all slots are in use, the engine has failed, or no model was chosen.
+ENDED = re.compile('"code":"(processing_error|model_not_validated)"')
+FRAME_BYTES = 2560  # PCM16 of one delta: 80 ms at 16 kHz
 # The least memory of a message in vLLM's queue: an array of one sample takes more than a hundred bytes.
 LEAST_AUDIO_BYTES, OTHER_BYTES = 256, 64
 STALL_SECONDS = 30  # without a delta while audio waits
@@ -31,14 +33,13 @@ class Limited:
     - More than AHEAD_BYTES are queued: no message is received until deltas come, and TCP makes the client wait. If no
       delta comes for STALL_SECONDS: 4413.
 
-    `audio_arrived` is called at the first audio. `has_audio`: whether there was any.
+    `has_audio`: whether there was any. `is_dialect`: the application bounds the audio that waits, and needs no slot
+    before there is audio: only `idle` counts.
     """
 
-    def __init__(
-        self, receive: Receive, send: Send, idle: float, protocol: str | None, audio_arrived: Callable[[], None]
-    ):
+    def __init__(self, receive: Receive, send: Send, idle: float, protocol: str | None, is_dialect: bool):
         self._receive, self._send, self._idle, self._protocol = receive, send, idle, protocol
-        self._audio_arrived = audio_arrived
+        self._is_dialect = is_dialect
         self._last, self._closed = 0.0, False
         self._waiting = 0  # bytes of audio that vLLM has queued
         self._begun = False
@@ -84,13 +85,15 @@ class Limited:
                 self._waiting = max(0, self._waiting - FRAME_BYTES)
             elif '"type":"transcription.done"' in text:
                 self._waiting, self._begun = 0, False  # vLLM empties its queue
-            elif '"type":"error"' in text and '"code":"processing_error"' in text:
-                self._begun = False  # all slots are in use, or the engine has failed
+            elif '"type":"error"' in text and ENDED.search(text):
+                self._begun = False
             self._sent.set()
 
     def _limit(self) -> float:
         """Return the seconds without a message after which the connection is closed; 0: never."""
-        return self._idle if self.has_audio else min(FIRST_AUDIO_SECONDS, self._idle or FIRST_AUDIO_SECONDS)
+        if self.has_audio or self._is_dialect:
+            return self._idle
+        return min(FIRST_AUDIO_SECONDS, self._idle or FIRST_AUDIO_SECONDS)
 
     async def _may_receive(self) -> bool:
         """Wait until more audio may be received. Return False if the limit stays exceeded."""
@@ -105,6 +108,9 @@ class Limited:
 
     def _count(self, text: str | None) -> None:
         """Count what vLLM will queue for a message."""
+        if self._is_dialect:
+            self.has_audio = self.has_audio or ".append" in (text or "")
+            return
         try:
             event = json.loads(text or "")
         except (ValueError, RecursionError):
@@ -114,9 +120,7 @@ class Limited:
         audio = event.get("audio")
         if event.get("type") == "input_audio_buffer.append" and isinstance(audio, str):
             self._waiting += max(len(audio) * 3 // 4 - audio[-2:].count("="), LEAST_AUDIO_BYTES)
-            if not self.has_audio:
-                self.has_audio = True
-                self._audio_arrived()
+            self.has_audio = True
         else:
             self._waiting += OTHER_BYTES
             self._begun |= event.get("type") == "input_audio_buffer.commit" and not event.get("final")

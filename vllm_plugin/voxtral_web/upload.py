@@ -1,44 +1,50 @@
-"""`POST /v1/audio/transcriptions`: OpenAI's form around this project's file client. It replaces vLLM's route.
+"""`POST /v1/audio/transcriptions`: OpenAI's form around this project's pool of sessions. It replaces vLLM's route.
 
-The specification is in PROTOCOL.md, "Files over HTTP". The file client, test_file_transcribe.py, runs in its own
-process as a client of this server, so that the process that serves live captions decodes no files of unknown origin.
-When the HTTP client disconnects, the file client is killed, which ends its sessions.
+The specification is in PROTOCOL.md, "Files over HTTP". A process of its own decodes the file (decode.py); this one
+transcribes its audio. When the HTTP client disconnects or the server stops, the process is killed and the sessions end.
 
-Environment: VOXTRAL_HOME, the folder of the file client (without it every request gets 501); MAX_UPLOAD_MB;
-UPLOAD_SESSIONS, the most sessions that all uploads together may use (default: half of the server's).
+Environment: MAX_UPLOAD_MB; MAX_UPLOAD_HOURS; UPLOAD_SESSIONS, the most sessions that all uploads together may use
+(default: half of the server's).
 """
 
 import asyncio
-import ipaddress
 import json
+import math
 import os
-import signal
-import sys
+import zlib
 from argparse import Namespace
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator, Sequence
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager, suppress
 from dataclasses import dataclass
-from importlib.machinery import PathFinder
-from importlib.util import module_from_spec
 from io import BytesIO
-from pathlib import Path
 from typing import Any
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import FormData, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response, StreamingResponse
-from starlette.types import Receive, Scope, Send
+from starlette.types import Message, Receive, Scope, Send
+from voxtral_realtime.core import Item
+from voxtral_realtime.engine import Engine
 
+from voxtral_client import subtitles
+from voxtral_client.errors import AudioError
+from voxtral_client.pool import Pool, cut, uncut
+from voxtral_client.protocol import RATE
+from voxtral_client.timeline import Word
+
+from .decode import Decoding
 from .errors import refuse
 
-HOME = os.environ.get("VOXTRAL_HOME", "")
-CLIENT = Path(HOME, "test_file_transcribe.py")
 MAX_MEGABYTES = int(os.environ.get("MAX_UPLOAD_MB") or 512)
-FIELDS_BYTES = 2**20  # all of the form but the file
-AT_ONCE = 32  # uploads that are received, wait or are transcribed; each may use MAX_UPLOAD_MB of disk
+MAX_HOURS = float(os.environ.get("MAX_UPLOAD_HOURS") or 12)  # of audio: a file of 787 bytes can hold 100 of silence
+FIELDS, FIELDS_BYTES = 32, 2**20  # all of the form but the file
+AT_ONCE = 32  # uploads that are received, wait or are transcribed
+BUDGET_FILES = 4  # of the largest size: the disk that all uploads together may use
 WAIT_SECONDS = 60  # for a session
-STALL_SECONDS = 60  # without data of an upload
+STALL_SECONDS = 60  # without data of an upload, and for a part of a stream that its client does not read
+STOP_SECONDS = 0.5  # until it is noticed that the server stops
 FORMATS = {
     "json": "application/json",
     "text": "text/plain; charset=utf-8",
@@ -63,53 +69,55 @@ class Form:
 
     file: UploadFile
     format: str  # one of FORMATS
-    granularities: list[str]
+    granularities: Sequence[str]
     stream: bool
     language: str
 
 
 @dataclass
-class Transcript:
-    """The file client's result. `words`: voxtral_client's Word. `warning`: why a part is missing, or None."""
+class WholeFile(Item):
+    """All words of a file; its `end` is the file's. `warning`: why a part is missing, or None."""
 
-    words: list[Any]
-    seconds: float  # of audio
-    warning: str | None
+    warning: str | None = None
 
-    @property
-    def text(self) -> str:
-        return "".join(word.text for word in self.words).strip()
+
+class Parser(MultiPartParser):
+    """Takes the part `file` for a file also where it has no name, as some clients send it."""
+
+    def on_headers_finished(self) -> None:
+        part = self._current_part
+        disposition, options = parse_options_header(part.content_disposition)
+        if options.get(b"name") == b"file" and b"filename" not in options:
+            part.content_disposition = disposition + b'; name="file"; filename=""'
+        super().on_headers_finished()
 
 
 class Uploads:
-    """The handler of the route. Each API process has one."""
+    """The ASGI application of the route. Each API process has one."""
 
-    def __init__(self, args: Namespace, models: Any):
-        """`args`: vLLM's options. `models`: vLLM's OpenAIServingModels."""
-        self._models = models
+    def __init__(self, args: Namespace, state: Any):
+        """`args`: vLLM's options. `state`: the app's."""
+        self._state = state
         slots = (args.max_num_seqs or 1) * (args.data_parallel_size or 1)
         share = int(os.environ.get("UPLOAD_SESSIONS") or 0) or slots // 2
         self._free = max(1, share // max(1, args.api_server_count or 1))
         self._freed = asyncio.Condition()
         self._places = asyncio.Semaphore(AT_ONCE)
-        url = f"{'wss' if args.ssl_certfile else 'ws'}://{local_host(args.host)}:{args.port}/v1/realtime"
-        self._command = ["nice", "-n", "5", sys.executable, str(CLIENT), "--url", url]
-        self._command += "--format jsonl --output - --quiet".split()
-        if args.ssl_certfile:  # the server is this machine; the certificate may lack this address
-            self._command.append("--insecure")
+        self._stored: dict[AsyncExitStack, int] = {}  # bytes of each upload
+        self._spare: Decoding | None = None  # for the next file
 
-    async def __call__(self, request: Request) -> Response:
-        """Return the response to an upload."""
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        request = Request(scope, receive)
         async with AsyncExitStack() as stack:
             try:
-                if not CLIENT.is_file():
-                    raise Failure(501, "the file client is missing: set VOXTRAL_HOME", "not_served")
                 form = await self._receive(request, stack)
-                return await unless_disconnected(request, self._answer(request, form, stack))
+                items = await stack.enter_async_context(aclosing(self._watched(request, self._transcribe(form))))
+                response = await respond(form, items)
             except Failure as failure:
-                return failure.answer
+                response = failure.answer
             except ClientDisconnect:
-                return Response(status_code=499)  # for the access log only, as nginx does
+                response = Response(status_code=499)  # for /metrics only; the number is nginx's
+            await response(scope, receive, send)
 
     async def _receive(self, request: Request, stack: AsyncExitStack) -> Form:
         """Return the form; its file is on disk. Raises Failure."""
@@ -121,7 +129,10 @@ class Uploads:
         if not request.headers.get("content-type", "").startswith("multipart/form-data"):
             raise Failure(400, "the request must be multipart/form-data with a file", "invalid_form", "file")
         try:
-            form = await MultiPartParser(request.headers, bounded(request.stream()), max_files=1, max_fields=32).parse()
+            stream = self._bounded(request.stream(), stack)
+            form = await Parser(
+                request.headers, stream, max_files=1, max_fields=FIELDS, max_part_size=FIELDS_BYTES // FIELDS
+            ).parse()
         except MultiPartException as error:
             raise Failure(400, f"not a form: {error.message}", "invalid_form") from None
         except OSError as error:
@@ -129,13 +140,35 @@ class Uploads:
         stack.push_async_callback(form.close)
         return self._checked(form)
 
+    async def _bounded(self, stream: AsyncIterator[bytes], stack: AsyncExitStack) -> AsyncIterator[bytes]:
+        """Yield the request's body. Raises Failure if it is too long, the disk's budget is used up, or it stalls.
+
+        At the end of `stack` its bytes count no more.
+        """
+        self._stored[stack] = 0
+        stack.callback(self._stored.pop, stack)
+        while True:
+            try:
+                async with asyncio.timeout(STALL_SECONDS):
+                    chunk = await anext(stream, None)
+            except TimeoutError:
+                raise Failure(408, f"no data of the upload arrived for {STALL_SECONDS} s", "timeout") from None
+            if chunk is None:
+                return
+            self._stored[stack] += len(chunk)
+            if self._stored[stack] > MAX_MEGABYTES * 2**20 + FIELDS_BYTES:
+                raise too_large()
+            if sum(self._stored.values()) > BUDGET_FILES * (MAX_MEGABYTES * 2**20 + FIELDS_BYTES):
+                raise Failure(503, "too many large files at once", "server_busy")
+            yield chunk
+
     def _checked(self, form: FormData) -> Form:
         """Return the form's fields. Raises Failure."""
         file, model = form.get("file"), str(form.get("model") or "")
         if not isinstance(file, UploadFile):
             raise Failure(400, "the form has no file", "invalid_form", "file")
-        if model and not self._models.is_base_model(model):
-            known = ", ".join(path.name for path in self._models.base_model_paths)
+        if model and not self._state.openai_serving_models.is_base_model(model):
+            known = ", ".join(path.name for path in self._state.openai_serving_models.base_model_paths)
             raise Failure(404, f"the model {model!r} does not exist; there is {known}", "model_not_found", "model")
         kind = str(form.get("response_format") or "json")
         if kind not in FORMATS:
@@ -149,50 +182,71 @@ class Uploads:
         stream = str(form.get("stream") or "").lower() in ("true", "1")
         if stream and kind not in ("json", "text"):
             raise Failure(400, f"stream=true goes with response_format json, not {kind}", "invalid_form", "stream")
-        return Form(file, kind, granularities or list(GRANULARITIES), stream, str(form.get("language") or "unknown"))
+        if kind == "verbose_json" and not granularities:
+            granularities = GRANULARITIES
+        return Form(file, kind, granularities, stream, str(form.get("language") or "unknown"))
 
-    async def _answer(self, request: Request, form: Form, stack: AsyncExitStack) -> Response:
-        """Transcribe. Return the response; for `stream` it continues while words become final. Raises Failure."""
-        items = await stack.enter_async_context(aclosing(self._transcribe(request, form)))
-        item = await anext(items)  # an error in the file becomes the HTTP status, also with `stream`
-        if form.stream:
-            return Stream(events(item, items), stack.pop_all())
-        while not isinstance(item, Transcript):
-            item = await anext(items)
-        transcript = item
-        headers = {"X-Transcript-Warning": ascii(transcript.warning)[1:-1]} if transcript.warning else {}
-        return Response(body(transcript, form), media_type=FORMATS[form.format], headers=headers)
+    async def _watched(self, request: Request, items: AsyncGenerator) -> AsyncIterator[Word | WholeFile]:
+        """Yield `items`. Raises ClientDisconnect or Failure as soon as the client disconnects or the server stops.
 
-    async def _transcribe(self, request: Request, form: Form) -> AsyncIterator[Any]:
-        """Yield the words as they become final, and a Transcript last. Raises Failure."""
-        await asyncio.to_thread(form.file.file.rollover)
-        path = f"/proc/{os.getpid()}/fd/{form.file.file.fileno()}"
-        scheme, _, key = request.headers.get("authorization", "").partition(" ")
-        environment = os.environ | {"VLLM_API_KEY": key if scheme.lower() == "bearer" else "", "no_proxy": "*"}
-        words, summary = [], None
-        async with self._sessions() as count:
-            command = [*self._command, "--parallel", str(count), path]
-            async with process(command, environment) as client:
-                watching = asyncio.create_task(kill_when_stopping(request.app.state, client))
-                errors = asyncio.create_task(client.stderr.read())
-                async for line in client.stdout:
-                    entry = json.loads(line)
-                    if "complete" in entry:
-                        summary = entry
+        The server (`state.server` is vLLM's uvicorn.Server) waits for its responses before it ends.
+        """
+        gone = asyncio.create_task(disconnected(request))
+        async with aclosing(items):
+            try:
+                while True:
+                    item = asyncio.ensure_future(anext(items, None))
+                    while not item.done():
+                        await asyncio.wait([item, gone], timeout=STOP_SECONDS, return_when=asyncio.FIRST_COMPLETED)
+                        if gone.done():
+                            raise ClientDisconnect
+                        if getattr(getattr(self._state, "server", None), "should_exit", False):
+                            raise Failure(503, "the server is stopping", "server_error")
+                    if item.result() is None:
+                        return
+                    yield item.result()
+            finally:
+                gone.cancel()
+                item.cancel()
+                await asyncio.gather(gone, item, return_exceptions=True)
+
+    async def _transcribe(self, form: Form) -> AsyncIterator[Word | WholeFile]:
+        """Yield the words as they become final, and the WholeFile last. Raises Failure."""
+        transcript = WholeFile(0.0)
+        async with self._sessions() as count, self._decoding(form.file) as source:
+            pool = Pool(Engine(self._state.openai_serving_realtime, patience=math.inf), count, asyncio.Event())
+            pieces = cut(0, source, lambda: pool.width) if count > 1 else iter([uncut(0, source)])
+            async with aclosing(pool.run(pieces)) as items:
+                async for piece, item in items:
+                    if isinstance(item, Word):
+                        transcript.words.append(item)
+                        yield item
+                    elif item is None or isinstance(item, AudioError):
+                        transcript.end = round(piece.offset / RATE + piece.transcriber.received, 3)
+                        transcript.warning = item and str(item)
                     else:
-                        words.append(client_module("timeline").Word(**entry))
-                        yield words[-1]
-                lines = (await errors).decode(errors="replace").strip().splitlines()
-                watching.cancel()
-        if stopping(request.app.state):
-            raise Failure(503, "the server is stopping", "server_error")
-        error = (summary or {}).get("error") or (None if summary else lines[-1] if lines else "the file client failed")
-        if error and not error.startswith(path):
-            raise Failure(503, error.removeprefix("error: "), "server_error")
-        error = error and error.replace(path, form.file.filename or "the file")
-        if error and not words:
-            raise Failure(400, error, "invalid_audio", "file")
-        yield Transcript(words, summary["seconds"], error)
+                        raise Failure(503, str(item), "server_error")
+        if transcript.warning and not transcript.words:
+            raise Failure(400, transcript.warning, "invalid_audio", "file")
+        yield transcript
+
+    def warm(self) -> None:
+        """Let a process wait for the next file."""
+        if self._spare is None or self._spare.process.poll() is not None:
+            self._spare = Decoding()
+
+    @asynccontextmanager
+    async def _decoding(self, file: UploadFile) -> AsyncIterator[Decoding]:
+        """Have a file decoded. At the end of the context the process is killed, and the next one begins."""
+        await asyncio.to_thread(file.file.rollover)
+        self.warm()
+        decoding, self._spare = self._spare, None
+        decoding.begin(f"/proc/{os.getpid()}/fd/{file.file.fileno()}", file.filename or "the file", MAX_HOURS)
+        try:
+            yield decoding
+        finally:
+            self.warm()
+            await decoding.end()
 
     @asynccontextmanager
     async def _sessions(self) -> AsyncIterator[int]:
@@ -215,52 +269,10 @@ class Uploads:
                 self._freed.notify_all()
 
 
-class Stream(StreamingResponse):
-    """Server-sent events. `stack` holds their source, and is closed at the end."""
-
-    def __init__(self, content: AsyncIterator[str], stack: AsyncExitStack):
-        super().__init__(content, media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
-        self._stack = stack
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._stack:
-            await super().__call__(scope, receive, send)
-
-
-async def unless_disconnected(request: Request, work: Any) -> Response:
-    """Return the result of the coroutine `work`. Cancel it and raise ClientDisconnect if the client disconnects."""
-
-    async def gone() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    working, watching = asyncio.create_task(work), asyncio.create_task(gone())
-    try:
-        await asyncio.wait([working, watching], return_when=asyncio.FIRST_COMPLETED)
-        if working.done():
-            return working.result()
-        raise ClientDisconnect
-    finally:
-        for task in (working, watching):
-            task.cancel()
-        await asyncio.gather(working, watching, return_exceptions=True)
-
-
-async def bounded(stream: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
-    """Yield the request's body. Raises Failure if it is too long, or stalls for STALL_SECONDS."""
-    size = 0
-    while True:
-        try:
-            async with asyncio.timeout(STALL_SECONDS):
-                chunk = await anext(stream, None)
-        except TimeoutError:
-            raise Failure(408, f"no data of the upload arrived for {STALL_SECONDS} s", "timeout") from None
-        if chunk is None:
-            return
-        size += len(chunk)
-        if size > MAX_MEGABYTES * 2**20 + FIELDS_BYTES:
-            raise too_large()
-        yield chunk
+async def disconnected(request: Request) -> None:
+    """Return when the client disconnects."""
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
 
 
 def too_large() -> Failure:
@@ -268,114 +280,93 @@ def too_large() -> Failure:
     return Failure(413, message, "too_large", "file")
 
 
-@asynccontextmanager
-async def process(command: list[str], environment: dict[str, str]) -> AsyncIterator[asyncio.subprocess.Process]:
-    """Run a program. At the end of the context, it and its child processes are killed."""
-    pipe, none = asyncio.subprocess.PIPE, asyncio.subprocess.DEVNULL
-    program = await asyncio.create_subprocess_exec(
-        *command, stdin=none, stdout=pipe, stderr=pipe, env=environment, start_new_session=True
-    )
-    try:
-        yield program
-    finally:
-        kill(program)
-        await program.wait()
-
-
-def kill(program: asyncio.subprocess.Process) -> None:
-    """Kill a program and its child processes, if it still runs."""
-    with suppress(ProcessLookupError):
-        if program.returncode is None:
-            os.killpg(program.pid, signal.SIGKILL)
-
-
-def stopping(state: Any) -> bool:
-    """Return whether the server is stopping. `state`: the app's; `state.server` is vLLM's uvicorn.Server."""
-    return getattr(getattr(state, "server", None), "should_exit", False)
-
-
-async def kill_when_stopping(state: Any, program: asyncio.subprocess.Process) -> None:
-    """Kill a program when the server is stopping, because the server waits for its responses before it ends."""
-    while program.returncode is None:
-        if stopping(state):
-            return kill(program)
-        await asyncio.sleep(0.5)
-
-
-def local_host(host: str | None) -> str:
-    """Return the host under which a program on this machine reaches a server that listens on `host`."""
-    try:
-        address = ipaddress.ip_address(host or "0.0.0.0")
-    except ValueError:
-        return host
-    if address.is_unspecified:
-        return "127.0.0.1" if address.version == 4 else "[::1]"
-    return f"[{address}]" if address.version == 6 else str(address)
-
-
 # --- transcripts ---
 
 
-def client_module(name: str) -> Any:
-    """Import a module of voxtral_client. Its folder is not on Python's path, because it also holds other modules."""
-    if "voxtral_client" not in sys.modules:
-        spec = PathFinder.find_spec("voxtral_client", [HOME])
-        sys.modules["voxtral_client"] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules["voxtral_client"])
-    return __import__(f"voxtral_client.{name}", fromlist=[name])
+async def respond(form: Form, items: AsyncIterator[Word | WholeFile]) -> Response:
+    """Return the response; for `stream` it continues while words become final. Raises Failure."""
+    item = await anext(items)  # an error in the file becomes the HTTP status, also with `stream`
+    if form.stream:
+        headers = {"Cache-Control": "no-cache"}
+        return Stream(events(item, items, form), media_type="text/event-stream", headers=headers)
+    async for item in items:  # noqa: B007 - the last one is the transcript
+        pass
+    headers = {"X-Transcript-Warning": ascii(item.warning)[1:-1]} if item.warning else {}
+    content = await asyncio.to_thread(body, item, form)  # a long one takes seconds
+    return Response(content, media_type=FORMATS[form.format], headers=headers)
 
 
-def body(transcript: Transcript, form: Form) -> str | bytes:
+class Stream(StreamingResponse):
+    """Ends where the client disconnects or does not read.
+
+    Starlette's own would cancel what it streams again and again, and so what has to be tidied up.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        async def send_in_time(message: Message) -> None:
+            async with asyncio.timeout(STALL_SECONDS):
+                await send(message)
+
+        with suppress(TimeoutError, ClientDisconnect):
+            await self.stream_response(send_in_time)
+
+
+def body(transcript: WholeFile, form: Form) -> str | bytes:
     """Return the body of the response."""
     if form.format == "text":
         return transcript.text + "\n"
     if form.format in ("srt", "vtt"):
-        writer = client_module("subtitles").FORMATS[form.format](file := BytesIO(), standard=True)  # leaves it open
+        writer = subtitles.FORMATS[form.format](file := BytesIO(), standard=True)  # leaves it open
         for word in transcript.words:
             writer.write(word)
         writer.close()
         return file.getvalue()
-    answer = {"text": transcript.text}
+    return json.dumps(answer(transcript, form), ensure_ascii=False)
+
+
+def answer(transcript: WholeFile, form: Form) -> dict:
+    """Return the fields of a response in JSON, and of a stream's last event."""
+    usage = {"type": "duration", "seconds": transcript.end}
+    fields = {"text": transcript.text, "usage": usage, "complete": transcript.warning is None}
+    if transcript.warning:
+        fields["warning"] = transcript.warning
     if form.format == "verbose_json":
-        answer |= {"task": "transcribe", "language": form.language, "duration": transcript.seconds}
-        if "segment" in form.granularities:
-            answer["segments"] = list(segments(transcript.words))
-        if "word" in form.granularities:
-            timed = ({"word": word.text.strip(), "start": word.start, "end": word.end} for word in transcript.words)
-            answer["words"] = list(timed)
-    return json.dumps(answer | shared_fields(transcript), ensure_ascii=False)
+        fields |= {"task": "transcribe", "language": form.language, "duration": transcript.end}
+    if "segment" in form.granularities:
+        fields["segments"] = list(segments(transcript))
+    if "word" in form.granularities:
+        fields["words"] = transcript.fields["words"]
+    return fields
 
 
-def shared_fields(transcript: Transcript) -> dict:
-    """Return the fields that all JSON responses have."""
-    usage = {"usage": {"type": "duration", "seconds": transcript.seconds}, "complete": transcript.warning is None}
-    return usage | ({"warning": transcript.warning} if transcript.warning else {})
+def segments(transcript: WholeFile) -> Iterator[dict]:
+    """Yield the cues of the subtitles as OpenAI's segments.
 
-
-def segments(words: list[Any]) -> Iterator[dict]:
-    """Yield the cues of the subtitles as OpenAI's segments. Probabilities are null, because the model gives none."""
-    subtitles = client_module("subtitles")
+    The model gives no probabilities. They are 0, because typed clients hold numbers only.
+    """
     cues = subtitles.Cues()
-    ended = [cue for each in words if (cue := cues.add(each))]
+    ended = [cue for each in transcript.words if (cue := cues.add(each))]
     for number, cue in enumerate([*ended, *([(cues.open,)] if cues.open else [])]):
         start, end = subtitles.span(*cue)
-        times = {"id": number, "seek": 0, "start": round(start, 3), "end": round(end, 3)}
-        unknown = dict.fromkeys(("avg_logprob", "compression_ratio", "no_speech_prob"))
-        yield times | {"text": subtitles.text_of(cue[0]), "tokens": [], "temperature": 0.0} | unknown
+        text = subtitles.text_of(cue[0])
+        times = {"start": round(start, 3), "end": min(round(end, 3), transcript.end)}  # a cue may last longer
+        known = {"text": text, "tokens": [], "temperature": 0.0, "avg_logprob": 0.0, "no_speech_prob": 0.0}
+        ratio = len(text.encode()) / len(zlib.compress(text.encode()))  # as Whisper computes it
+        yield {"id": number, "seek": 0} | times | known | {"compression_ratio": round(ratio, 3)}
 
 
-async def events(item: Any, items: AsyncIterator[Any]) -> AsyncIterator[str]:
+async def events(item: Any, items: AsyncIterator[Any], form: Form) -> AsyncIterator[str]:
     """Yield server-sent events: a delta for each word, the complete text, [DONE]; or an error."""
     begun = False
     try:
-        while not isinstance(item, Transcript):
+        while not isinstance(item, WholeFile):
             yield event("transcript.text.delta", delta=item.text if begun else item.text.lstrip())
             begun, item = True, await anext(items)
-        yield event("transcript.text.done", text=item.text, **shared_fields(item))
+        yield event("transcript.text.done", **await asyncio.to_thread(answer, item, form))
         yield "data: [DONE]\n\n"
     except Failure as failure:
         yield f"data: {failure.answer.body.decode()}\n\n"
 
 
 def event(kind: str, **fields: object) -> str:
-    return f"data: {json.dumps({'type': kind} | fields, ensure_ascii=False)}\n\n"
+    return f"event: {kind}\ndata: {json.dumps({'type': kind} | fields, ensure_ascii=False)}\n\n"

@@ -17,13 +17,6 @@ class Sentence(logging.Filter):
         if record.msg == MESSAGE and len(record.args) == 4:
             device, tokens, length, sessions = record.args
             minutes = int(length.replace(",", "")) * FRAME_MINUTES
-            record.msg = "Memory for %.1f sessions of %.0f minutes at once, or more short ones (%s KV cache: %s tokens)"
+            record.msg = "Memory for %.1f sessions of %d minutes at once, or more short ones (%s KV cache: %s tokens)"
             record.args = (sessions, minutes, device, tokens)
         return True
-
-
-def register() -> None:
-    """Install the filter. vLLM calls this in each process, through the entry point `voxtral_room`."""
-    logger = logging.getLogger("vllm.v1.core.kv_cache_utils")
-    if not any(isinstance(known, Sentence) for known in logger.filters):
-        logger.addFilter(Sentence())
