@@ -1,21 +1,29 @@
 // The page: what the user does and sees. transcriber.js does the recognition, microphone.js the sound.
 
-import { Microphone, explain, microphones, obstacle, prepare } from "./microphone.js";
-import { plain, srt } from "./subtitles.js";
-import { RATE } from "./timeline.js";
-import { Refused, Transcriber, model } from "./transcriber.js";
+import { Microphone, context, explain, microphones, obstacle } from "./microphone.js";
+import { clock, joint, plain, srt } from "./subtitles.js";
+import { RATE, Refused, Transcriber, model } from "./transcriber.js";
 
 const $ = (id) => document.getElementById(id);
+const root = document.documentElement;
 const SERVER = new URL("../v1/realtime", location.href); // the page is at /captions/, or deeper behind a proxy
 const PARAGRAPH_SECONDS = 2; // a longer pause begins a new line
+const SILENCE = 1; // second, in place of what was not recorded: it ends a word
 
-const words = []; // all final words: {text, start, end, session, fresh}
-let key = sessionStorage.getItem("key") ?? "";
-let running = null; // {transcriber, microphone, stopping}
+const words = []; // all final words: {text, start, end, fresh}
+let key = stored(() => sessionStorage.getItem("key")) ?? "";
+let running = null; // see `start`
 let before = 0; // seconds of audio in earlier runs
 let unsaved = false;
 
+/** What `ask` gets from the browser's storage, which throws where the user has blocked it. */
+function stored(ask) {
+  try { return ask(); } catch { return null; }
+}
+
 // --- what the user sees ---
+
+const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}.`;
 
 function say(text, kind = "") {
   if ($("message").textContent !== text) $("message").textContent = text; // a screen reader reads it once
@@ -31,8 +39,9 @@ function addFinal(added) {
   const following = atEnd();
   for (const word of added) {
     const last = words.at(-1);
-    word.start += before;
-    word.end += before;
+    if (word === added[0]) word.text = joint(last?.text, word.text) + word.text;
+    word.end += before + running.missing(word.start);
+    word.start += before + running.missing(word.start);
     word.fresh = !last || running.fresh || word.start - last.end > PARAGRAPH_SECONDS;
     running.fresh = false;
     if (word.fresh) $("final").append(document.createElement("p"));
@@ -50,7 +59,7 @@ function addFinal(added) {
 
 function showPartial(partial) {
   const following = atEnd();
-  const text = partial.map((word) => word.text).join("");
+  const text = joint(words.at(-1)?.text, partial) + partial;
   if ($("partial").textContent !== text) $("partial").textContent = text;
   if (text) $("hint").hidden = true;
   if (following) toEnd();
@@ -70,9 +79,7 @@ function showLevel(level) {
 }
 
 function showTimes() {
-  const seconds = Math.floor(before + (running ? running.transcriber.timeline.received / RATE : 0));
-  const two = (number) => String(number).padStart(2, "0");
-  $("clock").textContent = `${Math.floor(seconds / 3600)}:${two(Math.floor(seconds / 60) % 60)}:${two(seconds % 60)}`;
+  [$("clock").textContent] = clock(before + (running ? running.seconds() : 0)).split(",");
   $("lag").textContent = `${(running ? running.transcriber.lag : 0).toFixed(1)} s`;
 }
 setInterval(showTimes, 200);
@@ -90,9 +97,7 @@ function enable() {
 /** Find out whether the server accepts the key; ask until it answers. */
 async function greet() {
   try {
-    const { id } = await model(SERVER, key);
-    $("model").textContent = id;
-    if (key) sessionStorage.setItem("key", key);
+    $("model").textContent = await model(SERVER, key);
     $("access").hidden = true;
     $("start").disabled = false;
     enable();
@@ -108,10 +113,9 @@ async function greet() {
 
 function refuse(error) {
   state("refused", error.key ? "locked" : "refused");
-  if (!error.key) return say(`${error.message}.`, "bad");
-  say(key ? "The server does not accept this key." : "This server wants a key.", key ? "bad" : "wait");
-  sessionStorage.removeItem("key");
-  key = "";
+  say(sentence(error.message), key || !error.key ? "bad" : "wait");
+  if (!error.key) return;
+  useKey("");
   $("start").disabled = true;
   enable();
   $("access").hidden = false;
@@ -119,36 +123,68 @@ function refuse(error) {
   $("key").focus();
 }
 
+/** Use this key from now on, until the tab is closed. */
+function useKey(text) {
+  key = text;
+  stored(() => sessionStorage.setItem("key", key));
+}
+
 $("access").onsubmit = (event) => {
   event.preventDefault();
-  key = $("key").value.trim();
-  if (/[^\x21-\x7e]/.test(key)) {
-    key = "";
-    return say("A key has no spaces and no characters beyond ASCII.", "bad");
-  }
+  useKey($("key").value.trim());
   say("");
   greet();
 };
 
+/** Take the key of a QR code or a link out of the address, where others could see it. Was there one? */
+function takeKey() {
+  const given = new URLSearchParams(location.hash.slice(1)).get("key");
+  if (given === null) return false;
+  useKey(given.replaceAll(" ", "+").trim()); // a plus that was not written as %2B
+  history.replaceState(null, "", location.pathname + location.search);
+  return true;
+}
+addEventListener("hashchange", () => { if (takeKey() && !$("access").hidden) greet(); });
+
+/** Show how a device gets the server's certificate, or that the server needs one. */
+async function offerCertificate() {
+  const found = await fetch("ca.pem", { method: "HEAD" }).then(({ ok }) => ok, () => false);
+  $("certificate").hidden = !found;
+  $("uncertified").hidden = found;
+  $("secure").href = `https://${location.host}${location.pathname}${key && `#key=${encodeURIComponent(key)}`}`;
+}
+
 // --- captioning ---
 
 async function start() {
+  const gaps = []; // {from, seconds}: nothing was recorded, because the microphone was unplugged or the system slept
+  let began = 0; // ms
   const microphone = new Microphone({
-    audio(samples, level) {
+    audio({ samples, level, time }) {
       showLevel(level);
-      run.transcriber.addAudio(samples);
+      began ||= time - (1000 * samples.length) / RATE;
+      const late = (time - began) / 1000 - run.seconds() - samples.length / RATE;
+      if (late > SILENCE) {
+        transcriber.addAudio(new Int16Array(SILENCE * RATE));
+        gaps.push({ from: transcriber.received / RATE, seconds: late - SILENCE });
+      }
+      transcriber.addAudio(samples);
     },
-    gone() {
+    gone(label) {
       showLevel(-60);
-      say("The microphone was unplugged. Plug it in again, or choose another.", "bad");
+      transcriber.addAudio(new Int16Array(SILENCE * RATE)); // the words before it become final
       run.gone = true;
+      say(`“${label}” was unplugged. Plug it in again, or choose another microphone.`, "bad");
+      reopen();
     },
   });
   const transcriber = new Transcriber(SERVER, key, {
     state(name, message) {
       state(name);
-      if (name === "waiting") say(message[0].toUpperCase() + message.slice(1) + ".", "wait");
-      else if (name === "listening" && $("message").className === "wait") say("");
+      if (name === "waiting") say(sentence(message), "wait");
+      else if ($("message").className === "wait") say("");
+      if (message.includes("certificate")) offerCertificate();
+      else $("certificate").hidden = $("uncertified").hidden = true;
     },
     words: addFinal,
     partial: showPartial,
@@ -158,8 +194,13 @@ async function start() {
       say(`The server was away for too long: ${(to - run.lostFrom).toFixed(0)} s of sound are lost.`, "bad");
     },
   });
-  const run = { microphone, transcriber, stopping: false, opened: false, gone: false, fresh: true };
+  const run = {
+    ...{ microphone, transcriber, stopping: false, opened: false, gone: false, fresh: true },
+    missing: (at = Infinity) => gaps.reduce((sum, { from, seconds }) => sum + (from <= at ? seconds : 0), 0),
+    seconds: () => transcriber.received / RATE + run.missing(),
+  };
   running = run;
+  state("connecting");
   say("");
   enable();
   stayAwake();
@@ -169,17 +210,15 @@ async function start() {
     state("ready");
     if ($("message").className === "wait") say("");
   } catch (error) {
-    addFinal(transcriber.timeline.partial.splice(0));
-    showPartial([]);
-    if (error instanceof Refused) refuse(error);
-    else {
-      state("refused", "fault");
-      say(`Error in this page: ${error.message}. Press Start to continue.`, "bad");
-    }
+    const { message } = error;
+    refuse(error instanceof Refused ? error : { message: `error in this page: ${message}; press Start to continue` });
   }
+  const rest = { text: $("partial").textContent, start: transcriber.kept / RATE, end: transcriber.received / RATE };
+  if (rest.text) addFinal([rest]); // nothing replaces it any more
+  showPartial("");
   microphone.close();
   showLevel(-60);
-  before += transcriber.timeline.received / RATE;
+  before += run.seconds();
   running = null;
   enable();
   stayAwake();
@@ -198,27 +237,37 @@ $("start").onclick = () => {
 
 // --- microphones ---
 
+/** Show the microphones. One that is chosen stays, also while it is unplugged. Returns whether it is there. */
 async function listDevices() {
   const found = (await microphones()).filter(({ deviceId }) => deviceId !== "default");
-  const chosen = $("device").value;
-  const first = $("device").options[0];
+  const chosen = $("device").selectedOptions[0];
+  const there = !chosen.value || found.some(({ deviceId }) => deviceId === chosen.value);
   const others = found.map(({ deviceId, label }, i) => new Option(label || `microphone ${i + 1}`, deviceId));
-  $("device").replaceChildren(first, ...others);
-  $("device").value = found.some(({ deviceId }) => deviceId === chosen) ? chosen : "";
+  const { value } = chosen;
+  $("device").replaceChildren($("device").options[0], ...others, ...(there ? [] : [chosen]));
+  $("device").value = value;
+  return there;
 }
 
 /** Use the chosen microphone from now on. */
 async function listen(run) {
   try {
-    if (!(await run.microphone.open($("device").value))) return; // meanwhile the user chose another, or Stop
+    const label = await run.microphone.open($("device").value);
+    if (!label) return; // meanwhile the user chose another, or Stop
     run.opened = true;
+    if (run.gone) say(`Recording from “${label}”.`);
+    else if ($("message").className === "bad") say("");
     run.gone = false;
-    if ($("message").className === "bad") say("");
     listDevices();
   } catch (error) {
     run.gone = true;
     say(explain(error), "bad");
   }
+}
+
+/** Go on when the chosen microphone is plugged in again; without a choice, with any. */
+async function reopen() {
+  if ((await listDevices()) && running?.gone) change();
 }
 
 function change() {
@@ -239,16 +288,16 @@ document.addEventListener("visibilitychange", stayAwake);
 
 // --- text size, full screen, copy, download ---
 
-let scale = Number(localStorage.getItem("scale")) || 1;
+let scale = Number(stored(() => localStorage.getItem("scale"))) || 1;
 function resize(factor) {
   scale = Math.max(0.4, Math.min(4, scale * factor));
-  document.documentElement.style.setProperty("--scale", scale);
-  localStorage.setItem("scale", scale);
+  root.style.setProperty("--scale", scale);
+  stored(() => localStorage.setItem("scale", scale));
   toEnd();
 }
 $("smaller").onclick = () => resize(1 / 1.15);
 $("larger").onclick = () => resize(1.15);
-$("full").onclick = () => document.documentElement.requestFullscreen();
+$("full").onclick = () => (document.fullscreenElement ? document.exitFullscreen() : root.requestFullscreen());
 $("full").hidden = !document.fullscreenEnabled;
 
 async function copy() {
@@ -262,8 +311,8 @@ $("copy").onclick = () => copy().catch(() => say("The browser does not allow cop
 function download(text, ending) {
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob([text], { type: "text/plain;charset=utf-8" }));
-  const now = new Date(Date.now() - new Date().getTimezoneOffset() * 60000).toISOString();
-  link.download = `captions ${now.slice(0, 16).replace("T", " ").replace(":", ".")}.${ending}`;
+  const now = new Date().toLocaleString("sv").slice(0, 16).replace(":", "."); // Sweden writes 2026-11-27 04:05
+  link.download = `captions ${now}.${ending}`;
   link.click();
   setTimeout(() => URL.revokeObjectURL(link.href), 60000);
   unsaved = false;
@@ -281,16 +330,16 @@ $("clear").onclick = () => {
 
 addEventListener("beforeunload", (event) => { if (running || unsaved) event.preventDefault(); });
 
-// --- begin ---
-
 resize(1);
 enable();
+takeKey();
 if (obstacle()) {
   state("refused", "no microphone");
   say(obstacle(), "bad");
+  if (!isSecureContext) offerCertificate();
 } else {
-  prepare();
+  context().catch(() => {}); // Start will tell
   listDevices();
-  navigator.mediaDevices.addEventListener("devicechange", () => listDevices().then(() => running?.gone && change()));
+  navigator.mediaDevices.addEventListener("devicechange", reopen);
   greet();
 }
