@@ -37,7 +37,7 @@ for packages in "$venv"/lib/python3*/site-packages "$venv"/Lib/site-packages; do
   fi
 done
 # Anything that changes this sum is a reason to install again.
-sum() { { echo "$1"; cat "requirements-$1.lock" vllm_*/pyproject.toml vllm_plugin/*/*.py; } | cksum; }
+sum() { { echo "$1"; cksum "requirements-$1.lock" {.,vllm_*}/pyproject.toml {vllm_plugin/*,voxtral_{client,measure}}/*.py; } | cksum; }
 is_current() { [ "$(cat "$venv"/installed 2> /dev/null)" = "$(sum "$1")" ]; }
 
 if [ "$mode" = is-current ]; then
@@ -96,7 +96,7 @@ if [ -n "$uv" ] && [ -z "${PYTHON:-}" ] && [ ! -d "$venv" ]; then
     python=$(uv python find --managed-python 3.12)
   fi
 fi
-[ -n "$python" ] || fail "no Python 3.11 to 3.14 found: install uv, which installs one (curl -LsSf https://astral.sh/uv/install.sh | sh; open a new shell), and run this again; or name one: PYTHON=/path/to/python ./setup.sh"
+[ -n "$python" ] || fail "no Python 3.11 to 3.14 found: apt install python3 python3-venv, or, where that is an older one, uv, which installs one (curl -LsSf https://astral.sh/uv/install.sh | sh; open a new shell), and run this again; or name one: PYTHON=/path/to/python ./setup.sh"
 [ -d "$venv" ] || [ -n "$uv" ] || "$python" -c 'import ensurepip' 2> /dev/null ||
   need "Python's venv" "$("$python" -c 'import sys; print("python3.%d-venv" % sys.version_info[1])')" python3 python
 if [ "$mode" = gpu ]; then # Triton compiles for the GPU at the first start
@@ -105,11 +105,11 @@ if [ "$mode" = gpu ]; then # Triton compiles for the GPU at the first start
     "$("$python" -c 'import sys; print("python3.%d-dev" % sys.version_info[1])')" python3-devel python
 fi
 [ "$mode" != cpu ] || library libnuma.so.1 || need libnuma libnuma1 numactl-libs numactl
-[ ${#missing[@]} = 0 ] || fail "missing: $(printf '%s, ' "${missing[@]}")install with: $(names)"
-library libportaudio.so.2 || {
-  need PortAudio libportaudio2 portaudio portaudio
+required=${#missing[@]}
+library libportaudio.so.2 || need "PortAudio (for the microphone)" libportaudio2 portaudio portaudio
+[ "$required" = 0 ] || fail "missing: $(printf '%s, ' "${missing[@]}")install with: $(names)"
+[ ${#missing[@]} = 0 ] ||
   echo "note: without PortAudio there is no microphone here (files and the browser page work): $(names)" >&2
-}
 
 # Packages for the GPU and for the CPU have the same names, so one installation cannot replace the other in place.
 if [ -n "$holds" ] && [ "$holds" != client ] && [ "$holds" != "$mode" ]; then
@@ -149,6 +149,11 @@ case $mode in
 esac
 install -r "requirements-$mode.lock"
 [ "$mode" != cpu ] || install ./vllm_cpu
-[ "$mode" = client ] || install ./vllm_plugin
+if [ "$mode" != client ]; then
+  # pip builds in these folders, and would put modules back that were deleted since.
+  rm -rf build vllm_plugin/build
+  install . ./vllm_plugin # the server uses the clients' package
+  rm -rf build vllm_plugin/build
+fi
 sum "$mode" > "$venv"/installed
 echo "installed; next: $next"

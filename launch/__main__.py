@@ -1,29 +1,26 @@
-"""python -m launch [options of vllm serve]: run all checks, download, then print six lines on stdout.
+"""python -m launch [options of vllm serve]: run all checks, download, then print assignments for bash's eval.
 
-The settings are serve.sh's environment variables. The lines are:
-1. "cpu", or "gpu" with the value for CUDA_VISIBLE_DEVICES if there is one
-2. the folder with the model's files
-3. the folder with the tokenizer if it is another one, else empty
-4. the value for --distributed-executor-backend, or empty
-5. the number of sessions at once, of all engines together
-6. the number of frames in one step
+Those in capitals are serve.sh's environment variables with the values in force, and are exported. The others:
+device: cpu or gpu. model: the folder with the model's files. tokenizer: the folder with it if it is another one.
+executor: for --distributed-executor-backend, or empty. sessions: at once, of all engines together.
+servers: the number of API processes; 0: as on the command line.
 """
 
 import os
+import shlex
 import sys
 from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
 
 from . import Stop, fit, gpu, network
-from .delay import checked_delay, tokenizer_with
-from .params import served_folder
-from .settings import Settings
+from .files import checked_delay, served_folder, tokenizer_with
+from .settings import TABLE, Settings
 from .weights import FILES, download
 
 
-def prepare(arguments: list[str]) -> tuple[object, ...]:
-    """Run all checks, the cheapest first. Return the six lines. Raises Stop."""
+def prepare(arguments: list[str]) -> dict[str, object]:
+    """Run all checks, the cheapest first. Return what to print. Raises Stop."""
     if not find_spec("voxtral_web"):
         raise Stop("the plugins of vllm_plugin/ are not installed, or too old: run ./setup.sh")
     settings = Settings(os.environ, arguments)
@@ -46,23 +43,32 @@ def prepare(arguments: list[str]) -> tuple[object, ...]:
     if not model.is_dir():
         model = download(settings["MODEL"], settings["MODEL_REVISION"])
     tokenizer = tokenizer_with(delay, model / "tekken.json") if delay else None
-    device = f"gpu {found.visible}" if found else "cpu"
+    values = {setting.name: settings[setting.name] for setting in TABLE}
+    del values["CUDA_VISIBLE_DEVICES"]  # set to nothing it means something else
+    if found and found.visible:
+        values["CUDA_VISIBLE_DEVICES"] = found.visible  # vLLM needs indices, not UUIDs
     slots = settings.number("MAX_NUM_SEQS")
-    sessions = settings.engines * int(slots) if slots else settings["MAX_NUM_SEQS"]
-    frames = settings["MAX_NUM_BATCHED_TOKENS"]
-    return device, served_folder(model), tokenizer or "", settings.executor, sessions, frames
+    return values | {
+        "device": "gpu" if found else "cpu",
+        "model": served_folder(model),
+        "tokenizer": tokenizer or "",
+        "executor": settings.executor,
+        "sessions": settings.engines * int(slots) if slots else settings["MAX_NUM_SEQS"],
+        "servers": settings.api_servers(len(os.sched_getaffinity(0))) if found else 0,
+    }
 
 
 def main(*arguments: str) -> int:
     try:
-        lines = prepare(list(arguments))
+        values = prepare(list(arguments))
     except Stop as stop:
         print(f"error: {stop}", file=sys.stderr)
         return stop.code
     except KeyboardInterrupt:
         print("stopped; the next start resumes the download", file=sys.stderr)
         return 130
-    print(*lines, sep="\n")
+    for name, value in values.items():
+        print("export " * name.isupper() + f"{name}={shlex.quote(str(value))}")
     return 0
 
 

@@ -33,6 +33,7 @@ OTHER = 1.2  # GiB, without graphs
 OTHER_AT_LEAST = 0.6  # GiB; if only this fits, the start continues with a warning
 GRAPHS, GRAPH = 0.05, 0.018  # GiB: for all graphs together, and for each size of step
 SHARE_AT_MOST = 0.95
+SMALL, SMALL_SESSIONS = 12.5, 8  # GiB; sessions for which real time was computed (docs/performance.md, RTX 3060)
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,9 @@ def check(settings: Settings, free: int, total: int) -> None:
         )
     if plan is None:
         return
+    if total < SMALL * 1024 and (settings.number("MAX_NUM_SEQS") or 0) > SMALL_SESSIONS:
+        fewer = settings.assignment("MAX_NUM_SEQS", SMALL_SESSIONS)
+        print(f"warning: more live sessions than {fewer} may fall behind on a GPU of 12 GB (computed)", file=sys.stderr)
     minutes, work = int(plan.length * 0.08 / 60), OTHER + plan.graphs
     if not plan.sessions():
         fix = suggestion(settings, plan, min(most, SHARE_AT_MOST))
@@ -124,17 +128,14 @@ def suggestion(settings: Settings, plan: Plan, most: float) -> str:
         (plan.batch, batch),
         (plan.share, max(plan.share, most)),
     ):
-        smaller = Plan(weights, plan.total, share, length, frames)
-        if length > plan.length or weights > plan.weights or not smaller.sessions():
+        if length > plan.length or weights > plan.weights:
             continue
-        changes = {}
-        if weights != plan.weights:
-            changes["QUANTIZATION"] = "bitsandbytes"
-        if share != settings.number("GPU_MEMORY_UTILIZATION"):
-            changes["GPU_MEMORY_UTILIZATION"] = f"{share:.2f}"
-        if frames != plan.batch:
-            changes["MAX_NUM_BATCHED_TOKENS"] = frames
-        if length != plan.length:
-            changes["MAX_MODEL_LEN"] = length
-        return " ".join(settings.assignment(variable, value) for variable, value in changes.items())
+        if Plan(weights, plan.total, share, length, frames).sessions():
+            changes = {
+                "QUANTIZATION": weights != plan.weights and "bitsandbytes",
+                "GPU_MEMORY_UTILIZATION": share != settings.number("GPU_MEMORY_UTILIZATION") and f"{share:.2f}",
+                "MAX_NUM_BATCHED_TOKENS": frames != plan.batch and frames,
+                "MAX_MODEL_LEN": length != plan.length and length,
+            }
+            return " ".join(settings.assignment(name, value) for name, value in changes.items() if value)
     return ""

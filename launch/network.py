@@ -2,12 +2,13 @@
 
 import errno
 import ipaddress
-import os
 import socket
 import ssl
 import sys
 import urllib.parse
 import urllib.request
+
+from voxtral_client.protocol import key_fault
 
 from . import Stop
 from .settings import Settings
@@ -18,10 +19,13 @@ def check(settings: Settings) -> None:
     host, port = settings["HOST"], settings["PORT"]
     check_port(host, port)
     check_certificate(settings["TLS_CERT"], settings["TLS_KEY"])
-    if settings.on_command_line("API_KEY"):
+    given = settings.on_command_line("API_KEY")
+    if fault := key_fault(settings["API_KEY" if given else "VLLM_API_KEY"]):
+        raise Stop(f"{'--api-key' if given else 'VLLM_API_KEY'}: {fault}", 2)
+    if given:
         warn("others can read --api-key in the list of processes and in the log: set VLLM_API_KEY instead")
-    elif not os.environ.get("VLLM_API_KEY") and not is_loopback(host):
-        warn("without a key everyone on the network can use this server: set VLLM_API_KEY, or HOST=127.0.0.1")
+    elif not settings["VLLM_API_KEY"] and not is_loopback(host):
+        warn("without a key everyone on the network can use this server: run scripts/make-key, or set HOST=127.0.0.1")
 
 
 def warn(text: str) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from . import Stop, network
-from .cache import cache_folder, place
+from .files import cache_folder
 
 FILES = ("params.json", "tekken.json", "consolidated.safetensors")
 # Fixed revisions: see docs/server.md.
@@ -61,30 +61,24 @@ def download(repository: str, revision: str = "") -> Path:
     if constants.HF_HUB_OFFLINE:
         what = f"{bad[0]} is damaged" if bad else f"{repository} is not in {constants.HF_HUB_CACHE}"
         raise Stop(f"{what}, and HF_HUB_OFFLINE forbids the download: unset it")
-    damaged = {Path(os.readlink(path)).name for path in bad}
-    return fetch_all(repository, revision, Path(constants.HF_HUB_CACHE), damaged)
+    return fetch_all(repository, revision, Path(constants.HF_HUB_CACHE))
 
 
-def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) -> Path:
-    """Download what is missing, or in `damaged` (names of blobs). Return the folder. Raises Stop for all errors."""
+def fetch_all(repository: str, revision: str, cache: Path) -> Path:
+    """Download what is missing or damaged. Return the folder. Raises Stop for all errors."""
     import httpx2
     from huggingface_hub import errors, get_hf_file_metadata, hf_hub_download, hf_hub_url, utils
 
     utils.logging.set_verbosity_error()
     endpoint = os.environ.get("HF_ENDPOINT", "https://huggingface.co").rstrip("/")
-    page = f"{endpoint}/{repository}"
-    folder = cache / f"models--{repository.replace('/', '--')}"
+    page, folder = f"{endpoint}/{repository}", cache / f"models--{repository.replace('/', '--')}"
     blobs, partials = folder / "blobs", folder / "voxtral-partial"
     try:
         blobs.mkdir(parents=True, exist_ok=True)
         expected = {file: get_hf_file_metadata(hf_hub_url(repository, file, revision=revision)) for file in FILES}
         if not all(about.etag and about.commit_hash and about.size for about in expected.values()):
             raise Stop(f"{endpoint} does not answer as a hub does: is there a login page or a proxy in between?")
-        missing = {
-            file: about
-            for file, about in expected.items()
-            if about.etag in damaged or not is_intact(blobs / about.etag, about.etag)
-        }
+        missing = {file: about for file, about in expected.items() if not is_intact(blobs / about.etag, about.etag)}
         partial = sum(p.stat().st_size for about in missing.values() if (p := partials / about.etag).exists())
         to_come = sum(about.size for about in missing.values()) - partial
         if to_come > (free := shutil.disk_usage(blobs).free):
@@ -94,30 +88,29 @@ def fetch_all(repository: str, revision: str, cache: Path, damaged: set[str]) ->
             )
         if missing:
             print(f"downloading {repository} to {cache}: {to_come / 1e9:.1f} GB", file=sys.stderr)
+            partials.mkdir(exist_ok=True)
         for file, about in missing.items():
             if (blob := blobs / about.etag).exists():
                 print(f"warning: {blob} is damaged: downloading it again", file=sys.stderr)
-            partials.mkdir(exist_ok=True)
             fetch(repository, file, about, partials / about.etag, blob)
-        if partials.exists() and not any(partials.iterdir()):
+        if missing and not any(partials.iterdir()):
             partials.rmdir()
         # Finds the blobs, makes the links, and records the commit of `main`.
         path = [hf_hub_download(repository, file, revision=revision) for file in FILES][-1]
-    except errors.RevisionNotFoundError:
-        raise Stop(f"{page} has no revision {revision}: see MODEL_REVISION") from None
-    except errors.RemoteEntryNotFoundError as error:
-        file = str(error.response.url).rsplit("/", 1)[-1]
-        raise Stop(f"{page} has no {file}: MODEL must be a Voxtral Realtime in Mistral's format") from None
-    except (errors.GatedRepoError, errors.RepositoryNotFoundError) as error:
-        if isinstance(error, errors.GatedRepoError):
-            text = f"{page} requires that you agree to its terms: agree there, then set HF_TOKEN to your token"
-        else:
-            text = f"{page} does not exist, or is private: check MODEL, or set HF_TOKEN to a token that may read it"
-        raise Stop(f"{text} ({endpoint}/settings/tokens)") from None
     except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        fix = "check HF_TOKEN" if status in (401, 403) else "try again later"
-        raise Stop(f"{page} answers with HTTP {status}: {fix}") from None
+        status, token = error.response.status_code, f"set HF_TOKEN to your token ({endpoint}/settings/tokens)"
+        if isinstance(error, errors.RevisionNotFoundError):
+            text = f"has no revision {revision}: see MODEL_REVISION"
+        elif isinstance(error, errors.RemoteEntryNotFoundError):
+            file = str(error.response.url).rsplit("/", 1)[-1]
+            text = f"has no {file}: MODEL must be a Voxtral Realtime in Mistral's format"
+        elif isinstance(error, errors.GatedRepoError):
+            text = f"requires that you agree to its terms: agree there, then {token}"
+        elif isinstance(error, errors.RepositoryNotFoundError):
+            text = f"does not exist, or is private: check MODEL, or {token}"
+        else:
+            text = f"answers with HTTP {status}: {'check HF_TOKEN' if status in (401, 403) else 'try again later'}"
+        raise Stop(f"{page} {text}") from None
     except (httpx2.TransportError, errors.LocalEntryNotFoundError) as error:
         text = f"{page} cannot be reached: {network.cause(error, endpoint)}"
         raise Stop(f"{text} (the first start needs the network, later ones do not)") from None
@@ -142,11 +135,10 @@ def fetch(repository: str, file: str, about, partial: Path, blob: Path) -> None:
         by_xet = about.xet_file_data and is_xet_available() and not part.tell() and not os.path.lexists(blob)
         if not by_xet or not fetch_by_xet(repository, file, about.commit_hash, blob):
             fetch_by_http(repository, file, about, part)
-            if file_hash(partial, about.etag) != about.etag:
+            if not is_intact(partial, about.etag):
                 partial.unlink()
                 raise Stop(f"{file} was damaged during the download: run this again")
             partial.replace(blob)  # if that is a link to a shared file, this replaces the link
-            note(blob, about.etag)
         partial.unlink(missing_ok=True)
 
 
@@ -160,7 +152,7 @@ def fetch_by_xet(repository: str, file: str, commit: str, blob: Path) -> bool:
         raise Stop(f"stopped; the next start repeats {file} (with HF_HUB_DISABLE_XET=1 it resumes)", 130) from None
     except Exception as error:  # Xet has many errors, and with each of them plain HTTP may still work
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        print(f"warning: Xet's download failed ({reason}): going on over plain HTTP", file=sys.stderr)
+        print(f"warning: Xet's download failed ({reason}): falling back to plain HTTP", file=sys.stderr)
         return False
     return is_intact(blob, blob.name)
 
@@ -175,9 +167,6 @@ def fetch_by_http(repository: str, file: str, about, part: BinaryIO) -> None:
     headers = utils.build_hf_headers() | {"Accept-Encoding": "identity"}
     options = {"expected_size": size, "displayed_filename": file, "headers": headers, "tqdm_class": progress()}
     tries = 0
-    if part.tell() > size:
-        part.truncate(0)
-        part.seek(0)
     while (there := part.tell()) < size:
         try:
             http_get(url, part, resume_size=there, **options)
@@ -211,7 +200,7 @@ def progress() -> type | None:
 def is_intact(path: str | Path, name: str = "") -> bool:
     """Return whether a file exists and has the hash `name`; default: the name of the blob to which `path` links.
 
-    The file is read only if its size or time changed since the last check. Raises OSError.
+    A file is read only if it changed since its last check. Raises OSError.
     """
     path = Path(path)
     if not path.exists():
@@ -219,31 +208,15 @@ def is_intact(path: str | Path, name: str = "") -> bool:
     name = name or (Path(os.readlink(path)).name if path.is_symlink() else "")
     if not re.fullmatch("[0-9a-f]{40}|[0-9a-f]{64}", name):
         return True  # a system without symbolic links, hence no hash; the library has checked the size
-    if known().get(str(path.resolve())) == [name, *state(path)]:
+    checked, about = cache_folder() / "checked", path.stat()
+    line = f"{name} {about.st_ino} {about.st_size} {about.st_mtime_ns}\n"
+    if checked.exists() and line in checked.read_text():
         return True
     if file_hash(path, name) != name:
         return False
-    note(path, name)
+    with checked.open("a") as file:
+        file.write(line)
     return True
-
-
-def state(path: Path) -> list[int]:
-    status = path.stat()
-    return [status.st_size, status.st_mtime_ns]
-
-
-def known() -> dict[str, list]:
-    """Return for each checked file (by path) a list: hash, and the file's size and time (ns) at the check."""
-    try:
-        return json.loads((cache_folder() / "checked.json").read_text())
-    except (OSError, ValueError):
-        return {}
-
-
-def note(path: Path, name: str) -> None:
-    """Record that a file has the hash `name`."""
-    notes = json.dumps(known() | {str(path.resolve()): [name, *state(path)]})
-    place(cache_folder() / "checked.json", lambda path: path.write_text(notes))
 
 
 def file_hash(path: Path, name: str) -> str:
