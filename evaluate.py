@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The work is in voxtral_measure/evaluate.py."""
 
-from voxtral_measure.evaluate import main
+from voxtral_client.script import start
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    start("voxtral_measure.evaluate")

@@ -2,6 +2,9 @@
 
 Streams are paced like microphones. The lag of a frame of 80 ms is the time from sending the audio that it needs to
 its arrival. The model's own delay (480 ms by default) is not included.
+
+With --url ws://HOST:8000/v1/realtime?intent=transcription the streams speak OpenAI's protocol: one frame a second
+counts.
 """
 
 import argparse
@@ -13,20 +16,19 @@ import sys
 import time
 from pathlib import Path
 
-from voxtral_client import UserError
 from voxtral_client.cli import Parser, add_server_options, count, positive, run, server_from
 from voxtral_client.media import AudioFile
-from voxtral_client.protocol import FRAME
+from voxtral_client.protocol import FRAME, PROMPT_RESERVE
 from voxtral_client.screen import Screen
 from voxtral_client.session import Refused, SessionLost
 
 from .figures import find_limit, holds, summary, unbroken
-from .load import delay_tokens
-from .plot import svg
+from .machine import machine
+from .streams import delay_tokens
 
 HERE = Path(__file__).resolve().parent.parent  # the folder of both packages
 SAMPLE = HERE / "tests" / "tiny_checkpoint" / "sample.wav"
-RESERVED = 90  # of a session's tokens: its prompt, and the end that the server adds
+RESERVED = PROMPT_RESERVE + 10  # of a session's tokens: its prompt, and the end that the server adds
 STREAMS_PER_PROCESS = 32  # a quarter of a core (measured: 7 ms for each second of a stream)
 MORE_SESSIONS = "start it with a larger MAX_NUM_SEQS"
 
@@ -49,18 +51,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="with --find-limit: limit of the last quarter's 95th percentile (default: 200)",
     )
     parser.add_argument("--unpaced", action="store_true", help="send as fast as the server accepts it: throughput")
-    parser.add_argument("--plot", metavar="FILE.svg", help="draw the last quarter's lag over the number of streams")
-    parser.add_argument("--processes", type=count, metavar="N", help="client processes (default: by streams and cores)")
     add_server_options(parser)
     options = parser.parse_args(argv)
-    if options.unpaced and (options.find_limit or options.plot):
-        parser.error("--unpaced measures throughput: --find-limit and --plot are about lag")
+    if options.unpaced and options.find_limit:
+        parser.error("--unpaced measures throughput: --find-limit is about lag")
     if options.max_lag is not None and not options.find_limit:
         parser.error("--max-lag goes with --find-limit")
     if options.find_limit and len(options.streams) > 1:
         parser.error("--find-limit starts from one number: --streams N")
-    if options.plot and not options.plot.lower().endswith(".svg"):
-        parser.error(f"--plot {options.plot}: the picture is an SVG: end the name in .svg")
     if not options.audio and not SAMPLE.exists():
         parser.error("the sample is not installed: give a FILE of audio")
     if options.duration < 4:
@@ -122,8 +120,7 @@ class Benchmark:
             (number, begin * number / streams + number * 0.618034 % 1 * 0.08 if begin else 0.0)
             for number in range(streams)
         ]
-        enough = math.ceil(streams / STREAMS_PER_PROCESS)
-        processes = min(streams, options.processes or max(1, min((os.cpu_count() or 1) - 1, enough)))
+        processes = max(1, min((os.cpu_count() or 1) - 1, math.ceil(streams / STREAMS_PER_PROCESS)))
         job = {"options": vars(options), "model": self.model, "delay_tokens": self.delay, "end": end}
         jobs = [job | {"streams": starts[number::processes]} for number in range(processes)]
         started = time.monotonic()
@@ -150,7 +147,7 @@ class Benchmark:
             self.screen.say(
                 f"with {streams} streams this client was too slow to measure the server: its sends were up to "
                 f"{client['late_p95_ms']:.0f} ms late (95 %) and took {100 * client['busiest_core']:.0f} % of a core; "
-                "run it on another machine than the server, or with more --processes"
+                "run it on another machine than the server"
             )
 
 
@@ -161,7 +158,7 @@ def ramp(streams: int) -> float:
 
 async def run_jobs(jobs: list[dict]) -> list[dict]:
     """Run each job in its own process, all from the same moment; return their results. Raises Refused."""
-    command = [sys.executable, "-m", "voxtral_measure.load"]
+    command = [sys.executable, "-m", "voxtral_measure.streams"]
     pipes = {"stdin": asyncio.subprocess.PIPE, "stdout": asyncio.subprocess.PIPE}
     pipes |= {"env": os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}}  # a clone is not installed
     # In sessions of their own Ctrl+C does not reach them while they start.
@@ -169,18 +166,17 @@ async def run_jobs(jobs: list[dict]) -> list[dict]:
     try:
         for worker, job in zip(workers, jobs, strict=True):
             worker.stdin.write(json.dumps(job).encode() + b"\n")
-        ready = [await worker.stdout.readline() for worker in workers]
         for worker in workers:
-            worker.stdin.write(b"go\n")
-        output = await asyncio.gather(*(worker.stdout.read() for worker in workers))
-        if not all(ready) or not all(output):
-            raise Refused("a process of this client ended early; see its message above")
-        return [json.loads(text) for text in output]
+            await worker.stdout.readline()  # it is ready: it has started and read the audio
+        output = await asyncio.gather(*(worker.communicate(b"go\n") for worker in workers))
     finally:
         for worker in workers:
-            if worker.returncode is None and not worker.stdout.at_eof():
+            if worker.returncode is None:
                 worker.kill()
             await worker.wait()
+    if any(worker.returncode for worker in workers):
+        raise Refused("a process of this client ended early; see its message above")
+    return [json.loads(text) for text, _ in output]
 
 
 def row(figures: dict, unpaced: bool, first: bool) -> str:
@@ -234,8 +230,6 @@ async def main_loop(options: argparse.Namespace) -> int:
     """Run the benchmark and return the exit code."""
     for path in options.audio:
         _ = AudioFile(path).seconds  # reports at once what is wrong
-    if options.plot:
-        Path(options.plot).touch()  # reports at once if it cannot be written
     found = {}
     with Screen() as screen:
         benchmark = Benchmark(options, screen)
@@ -246,13 +240,7 @@ async def main_loop(options: argparse.Namespace) -> int:
             for streams in options.streams:
                 await benchmark.measure(streams)
         about = {"model": benchmark.model, "delay_ms": 80 * benchmark.delay, "duration": options.duration}
-        if options.plot:
-            points = [(run["streams"], run["last_quarter_ms"]) for run in benchmark.runs if run["last_quarter_ms"]]
-            if not points:
-                raise UserError("no stream lasted to the last quarter: there is nothing to plot")
-            title = f"Lag of live captions, {benchmark.model}"
-            Path(options.plot).write_text(svg(title, points, found.get("max_lag_ms")))
-        screen.write(json.dumps(about | found | {"runs": benchmark.runs}) + "\n")
+        screen.write(json.dumps(about | found | {"machine": machine(), "runs": benchmark.runs}) + "\n")
     return 0 if options.find_limit or all(unbroken(run) for run in benchmark.runs) else 1
 
 

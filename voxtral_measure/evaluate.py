@@ -8,13 +8,14 @@ evaluate.py --compare bf16.json int4.json      side by side
 import argparse
 import itertools
 import json
+import sys
 from contextlib import aclosing
 from pathlib import Path
 
-from voxtral_client import UserError
 from voxtral_client.cli import Interrupts, Parser, add_server_options, count, run, server_from
+from voxtral_client.errors import Stopped, UserError
 from voxtral_client.media import AudioFile
-from voxtral_client.pool import Pool, Stopped, uncut
+from voxtral_client.pool import Pool, sessions_for_files, uncut
 from voxtral_client.screen import Screen
 from voxtral_client.timeline import Word
 
@@ -78,7 +79,8 @@ def table(files: list[dict], worst: int) -> str:
 
 async def evaluate(options: argparse.Namespace) -> int:
     """Transcribe the corpus, print the table and return the exit code."""
-    corpus = utterances(options.corpus)
+    found = utterances(options.corpus)
+    corpus = [item for item in found if item.text is not None]
     sources = [AudioFile(item.audio) for item in corpus]
     name = options.normalize or "english"
     normalize, server = word_errors.normalizer(name), server_from(options)
@@ -86,10 +88,14 @@ async def evaluate(options: argparse.Namespace) -> int:
     if options.json:
         Path(options.json).touch()  # reports at once if it cannot be written
     with Screen() as screen:
+        for item in found:
+            if item.text is None:
+                screen.say(f"{item.audio}: is not scored: {item.why}")
         model = (await server.model(options.model))["id"]  # reports at once what is wrong
         interrupts = Interrupts(screen.say)
         settings = {"model": model, "give_up_after": options.give_up_after}
-        pool = Pool(server, options.parallel or 8, interrupts.stop, screen.say, **settings)
+        size = options.parallel or await sessions_for_files(server, model, 8)
+        pool = Pool(server, size, interrupts.stop, screen.say, **settings)
 
         def status() -> tuple[str, str]:
             return "", f"{len(scored)}/{len(corpus)} recordings, {pool.transcribed:.0f} s of audio"
@@ -111,15 +117,14 @@ async def evaluate(options: argparse.Namespace) -> int:
         screen.say(pool.speed)
         if files:
             screen.write(table(files, options.worst))
-        if failed:
-            screen.say(f"{len(failed)} of {len(corpus)} recordings failed and are not counted")
         left = len(corpus) - len(scored) - len(failed)
-        if left:
-            screen.say(f"{left} of {len(corpus)} recordings were not reached and are not counted")
         if options.json and files:
             about = {"corpus": options.corpus, "model": model, "normalize": name, "failed": len(failed), "left": left}
             saved = about | {"all": word_errors.add(files), "files": files}
             Path(options.json).write_text(json.dumps(saved, ensure_ascii=False, indent=1) + "\n", encoding="utf-8")
+        reasons = {"failed": len(failed), "not reached": left, "without a text": len(found) - len(corpus)}
+        counts = "".join(f", {number} {reason}" for reason, number in reasons.items() if number)
+        screen.say(f"recordings: {len(found)} found, {len(scored)} scored{counts}")
     if interrupts.stop.is_set() and left:
         return 130
     return 1 if failed or left else 0
@@ -175,8 +180,8 @@ async def main_loop(options: argparse.Namespace) -> int:
         print(compare(options.compare, options.worst), end="")
         return 0
     if word_errors.jiwer is None:
-        needed = f"-r {REQUIREMENTS}" if REQUIREMENTS.exists() else "'voxtral-at-home[evaluate]'"
-        raise UserError(f"jiwer and whisper-normalizer are missing: pip install {needed}")
+        needed = f"-r {REQUIREMENTS}" if REQUIREMENTS.exists() else "jiwer whisper-normalizer"
+        raise UserError(f"jiwer and whisper-normalizer are missing: {sys.executable} -m pip install {needed}")
     return await evaluate(options)
 
 

@@ -19,14 +19,16 @@ def spread(lags: list[float]) -> dict[str, float] | None:
 
 
 def summary(results: list[dict], streams: int, begin: float, end: float, paced: bool = True) -> dict:
-    """Return the figures of one run from the results of its processes (voxtral_measure.load.run).
+    """Return the figures of one run from the results of its processes (voxtral_measure.streams.run).
 
     All streams ran from `begin` to `end` (seconds from the job's start); the last quarter is that of this span. Only
-    paced streams have a lag. Units are in the figures' names; "busy" and "broken" count streams.
+    paced streams have a lag, and only others `ms_per_frame`, a mean over all streams for each minute. Units are in the
+    figures' names; "busy" and "broken" count streams.
     """
     lags = [pair for result in results for pair in result["lags"] if paced]
     late = [late for result in results for late in result["late"]]
     outcomes = [outcome for result in results for outcome in result["outcomes"]]
+    minutes = [] if paced else [minutes for result in results for minutes in result["minutes"]]
     seconds = sum(sum(result["frames"]) for result in results) * 0.08
     cpu = sum(result["cpu"] for result in results)
     core = max(result["cpu"] / result["seconds"] for result in results)
@@ -36,6 +38,7 @@ def summary(results: list[dict], streams: int, begin: float, end: float, paced: 
         "frames": sum(sum(result["frames"]) for result in results),
         "lag_ms": spread([lag for _, lag in lags]),
         "last_quarter_ms": spread([lag for at, lag in lags if end - (end - begin) / 4 <= at <= end]),
+        "ms_per_frame": [round(float(np.mean(of_a_minute)), 2) for of_a_minute in zip(*minutes, strict=False)],
         "times_real_time": round(seconds / max(max(result["last"] for result in results), 0.001), 2),
         "busy": outcomes.count("busy"),
         "broken": dict(Counter(outcome for outcome in outcomes if outcome not in ("", "busy"))),
@@ -59,18 +62,16 @@ def holds(run: dict, max_lag: float) -> bool:
     return unbroken(run) and run["last_quarter_ms"] is not None and run["last_quarter_ms"]["p95"] <= max_lag
 
 
-async def find_limit(measure: Callable[[int], Awaitable[bool]], start: int = 1, most: int = 4096) -> int:
+async def find_limit(measure: Callable[[int], Awaitable[bool]], start: int = 1) -> int:
     """Return the most streams for which `measure(streams)` is true, by doubling, then bisecting; 0 if none are.
 
     Exact up to 16 streams, within a sixteenth above: every step costs a run.
     """
     good, bad = 0, None
     while bad is None or bad - good > max(1, good // 16):
-        streams = min(max(start, 2 * good), most) if bad is None else (good + bad) // 2
+        streams = max(start, 2 * good) if bad is None else (good + bad) // 2
         if await measure(streams):
             good = streams
-            if good == most:
-                break
         else:
             bad = streams
     return good

@@ -1,5 +1,6 @@
 """Word errors: counted by jiwer after the usual normalisation, summed, and two runs compared."""
 
+import unicodedata
 import warnings
 from collections.abc import Callable, Iterable
 
@@ -23,10 +24,11 @@ def normalizer(name: str) -> Callable[[str], str]:
     """Return a function from text to words with single spaces between them.
 
     english: Whisper's, the usual one for English error rates: spelling, contractions, numbers as digits (so "one two"
-    becomes one word, 12). basic: case and punctuation, for any language. none: white space only.
+    becomes one word, 12). basic: case and punctuation, for any language. none: white space only. All of them remove
+    what cannot be seen: zero-width characters, byte order marks, marks of direction.
     """
     clean = {"english": EnglishTextNormalizer, "basic": BasicTextNormalizer}.get(name, lambda: str)()
-    return lambda text: " ".join(clean(text).split())
+    return lambda text: " ".join(clean("".join(c for c in text if unicodedata.category(c) != "Cf")).split())
 
 
 def count(reference: str, hypothesis: str) -> dict:

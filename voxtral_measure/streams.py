@@ -1,6 +1,6 @@
 """Live streams for a benchmark: audio paced like microphones, and the lag of every frame.
 
-    python -m voxtral_measure.load        one process of benchmark.py
+    python -m voxtral_measure.streams        one process of benchmark.py
 
 reads a job (a line of JSON) on stdin, writes "ready", waits for a line, and writes its results as a line of JSON.
 A session that breaks is not resumed; it is counted with its reason.
@@ -18,19 +18,20 @@ import math
 import signal
 import sys
 import time
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
-from voxtral_client.audio import AudioError
 from voxtral_client.cli import server_from
+from voxtral_client.errors import AudioError
 from voxtral_client.media import AudioFile
-from voxtral_client.protocol import FRAME, RATE
+from voxtral_client.protocol import FRAME, PROMPT_TOKENS, RATE
 from voxtral_client.session import Done, Refused, Server, Session, SessionLost
+
+from .openai import INTENT, OpenAISession
 
 CHUNK = FRAME / RATE  # seconds of audio in a message: a frame, so that each delta waits for a message of its own
 AUDIO_SECONDS = 300  # of the given files: enough variety, and it fits in memory
 AHEAD = 5.0  # seconds of audio in flight without pacing, as in voxtral_client.transcriber
 DRAIN_SECONDS = 10.0  # how long to wait for missing deltas after the end of the audio
-PROMPT_TOKENS = 33  # of a session's prompt before its delay tokens
 
 
 @dataclass
@@ -46,7 +47,8 @@ class Stream:
     paced: bool
     give_up_after: float
     sent: list[float] = field(default_factory=list)  # of each message
-    arrived: list[float] = field(default_factory=list)  # of each delta
+    arrived: dict[int, float] = field(default_factory=dict)  # of frames, by number; a dialect tells few of them
+    frames: int = 0  # that are transcribed
     late: list[float] = field(default_factory=list)  # of each message: the delay that this process caused
     closed: float = 0.0
     outcome: str = ""
@@ -78,7 +80,7 @@ class Stream:
                 self.late.append(clock() - max(due, free))
                 self.sent.append(due + self.late[-1])
             else:
-                while number * CHUNK > len(self.arrived) * CHUNK + AHEAD:
+                while number * CHUNK > self.frames * CHUNK + AHEAD:
                     await asyncio.sleep(0.01)
                 self.sent.append(clock())
             await session.send(pcm[at : at + 2 * FRAME])
@@ -89,7 +91,7 @@ class Stream:
     async def _receive(self, session: Session, sending: asyncio.Task) -> None:
         """Record when deltas arrive, until the last one, at most DRAIN_SECONDS after the audio. Raises SessionLost."""
         clock = asyncio.get_running_loop().time
-        ended = None
+        ended, last = None, self.start
         while True:
             try:
                 async with asyncio.timeout(0.5):
@@ -100,28 +102,35 @@ class Stream:
                 ended = clock()
             if isinstance(item, Done):
                 if ended is None:
-                    self.outcome = f"the server ended the session after {len(self.arrived) * CHUNK:.0f} s"
+                    self.outcome = f"the server ended the session after {self.frames * CHUNK:.0f} s"
                 return
             if item is not None:
-                self.arrived.append(clock())
-            elif clock() - max([self.start, *self.arrived[-1:]]) > self.give_up_after:
+                self.frames = item if isinstance(item, int) else self.frames + 1
+                self.arrived[self.frames - 1] = last = clock()
+            elif clock() - last > self.give_up_after:
                 raise SessionLost(f"no answer for {self.give_up_after:.0f} s")
             if ended is not None and self.paced and clock() - ended > DRAIN_SECONDS:
                 return
+
+    def minutes(self) -> list[float]:
+        """Return the milliseconds of a frame in each full minute, where the frames at both its ends were told."""
+        ends = [self.arrived.get(frame) for frame in range(0, self.frames, 60 * RATE // FRAME)]
+        return [1000 * (b - a) * FRAME / RATE / 60 for a, b in itertools.pairwise(ends) if a and b]
 
     def lags(self, delay_tokens: int) -> list[tuple[float, float]]:
         """Return for each frame (time at which its audio had been sent, lag), in seconds.
 
         Frames that never came count with the time until the session's end: without them the figures of a server that
-        is far behind would be too good.
+        is far behind would be too good. In a dialect only frames count whose number the server told.
         """
-        found = []
+        found, told_all = [], len(self.arrived) == self.frames
         for frame in itertools.count():
             message = math.ceil((0.0825 + 0.08 * (delay_tokens + frame)) / CHUNK - 1e-9) - 1
-            if message >= len(self.sent) or (frame >= len(self.arrived) and self.outcome):
+            if message >= len(self.sent) or (frame >= self.frames and self.outcome):
                 return found
-            arrived = self.arrived[frame] if frame < len(self.arrived) else self.closed
-            found.append((self.sent[message], max(0.0, arrived - self.sent[message])))
+            if frame in self.arrived or (frame >= self.frames and told_all):
+                lag = self.arrived.get(frame, self.closed) - self.sent[message]
+                found.append((self.sent[message], max(0.0, lag)))
 
 
 async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
@@ -129,6 +138,7 @@ async def delay_tokens(server: Server, model: str, give_up_after: float) -> int:
 
     Raises Refused, or SessionLost, also after `give_up_after` seconds without an answer.
     """
+    server = replace(server, url=server.url.partition("?")[0])  # the server's own protocol counts tokens
     try:
         async with asyncio.timeout(give_up_after), server.session(model) as session:
             await session.send(bytes(2 * RATE))
@@ -158,6 +168,8 @@ async def run(job: dict, pcm: bytes) -> dict:
     """Run the streams of a job (see benchmark.py); return what was measured, times relative to the job's start."""
     options = argparse.Namespace(**job["options"])
     server, samples = server_from(options), len(pcm) // 2 - FRAME
+    if INTENT in server.url:
+        server.session_on = OpenAISession
     begun, cpu = asyncio.get_running_loop().time(), time.process_time()
     shared = {"end": begun + job["end"], "paced": not options.unpaced, "give_up_after": options.give_up_after}
     streams = [
@@ -170,8 +182,9 @@ async def run(job: dict, pcm: bytes) -> dict:
     return {
         "lags": [(round(at - begun, 4), round(lag, 5)) for s in streams for at, lag in s.lags(job["delay_tokens"])],
         "late": [round(late, 5) for stream in streams for late in stream.late],
-        "frames": [len(stream.arrived) for stream in streams],
-        "last": max((stream.arrived[-1] for stream in streams if stream.arrived), default=begun) - begun,
+        "frames": [stream.frames for stream in streams],
+        "minutes": [stream.minutes() for stream in streams],
+        "last": max((at for stream in streams for at in stream.arrived.values()), default=begun) - begun,
         "outcomes": [stream.outcome for stream in streams],
         "cpu": time.process_time() - cpu,
         "seconds": asyncio.get_running_loop().time() - begun,
@@ -188,7 +201,7 @@ def main() -> None:
         sys.exit(f"error: {error}")
     print("ready", flush=True)
     if sys.stdin.readline():
-        print(json.dumps(asyncio.run(run(job, pcm))), flush=True)
+        print(json.dumps(asyncio.run(run(job, pcm))))
 
 
 if __name__ == "__main__":
