@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import websockets
-from conftest import free_port
+from servers import free_port
 
 
 class Firefox:
@@ -40,13 +40,25 @@ class Firefox:
         options = {"target": {"context": self._context}, "awaitPromise": True, "userActivation": True}
         return (await self.command("script.evaluate", expression=expression, **options))["result"].get("value")
 
+    async def text(self, selector: str) -> str:
+        return await self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText.trim()")
+
     async def becomes(self, selector: str, text: str) -> None:
         """Wait until the element shows this text."""
-        end, shown = time.monotonic() + 60, None
-        while shown != text:
+        end = time.monotonic() + 60
+        while (shown := await self.text(selector)) != text:
             assert time.monotonic() < end, f"{selector} shows {shown!r}"
             await asyncio.sleep(0.1)
-            shown = await self.evaluate(f"document.querySelector({json.dumps(selector)}).innerText.trim()")
+
+    async def settles(self, selector: str) -> str:
+        """Wait until the element shows some text, and no other for 8 s; return it."""
+        shown, since, end = "", time.monotonic(), time.monotonic() + 60
+        while not shown or time.monotonic() - since < 8:
+            assert time.monotonic() < end, f"{selector} shows {shown!r}"
+            await asyncio.sleep(0.1)
+            if (now := await self.text(selector)) != shown:
+                shown, since = now, time.monotonic()
+        return shown
 
 
 @asynccontextmanager

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import ROOT
+from servers import ROOT
 from speech import sparse_silence
 
-from voxtral_client.audio import AudioError, Resampler, to_pcm16
+from voxtral_client.audio import Resampler, to_pcm16
+from voxtral_client.errors import AudioError
 from voxtral_client.media import AudioFile
 
 
@@ -69,6 +70,7 @@ def test_files_that_are_no_audio(tmp_path, content, message):
         _ = AudioFile(path).seconds
 
 
+@pytest.mark.slow
 def test_an_hour_needs_no_more_memory_than_a_minute(tmp_path):
     """An hour of (sparse) WAV, read to the end in a process of its own: peak memory as for a short file."""
     script = (

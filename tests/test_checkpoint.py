@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import soundfile
 import soxr
-from conftest import ROOT, run_script
+from servers import ROOT, run_script
 from speech import RATE, write
 
 WORDS = runpy.run_path(str(ROOT / "tests" / "tiny_checkpoint" / "words.py"))["WORDS"]

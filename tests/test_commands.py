@@ -1,18 +1,22 @@
 """The commands that `pip install .` gives, and options that people know from Whisper and sounddevice."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tomllib
 
 import pytest
 import srt
-from conftest import CHECKPOINT, ROOT, run_script
+from servers import CHECKPOINT, ROOT, run_script
 
 import voxtral_client
+from voxtral_client.script import PACKAGES
 
 SAMPLE = CHECKPOINT / "sample.wav"
-COMMANDS = ("transcribe", "captions", "benchmark", "evaluate")
+NOT_INSTALLED = "error: av is not installed: run ./setup.sh, or ./setup.sh --client where no server runs\n"
+COMMANDS = ("transcribe", "live", "benchmark", "evaluate")
 
 
 @pytest.mark.slow  # pip builds the package
@@ -36,6 +40,22 @@ def test_installed_commands(tmp_path):
         2,
         "the sample is not installed: give a FILE of audio",
     )
+
+
+def test_any_python_starts_the_scripts(tmp_path):
+    """The system's, which has none of the packages: it finds those of setup.sh, or says what to run."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
+    for script in ("test_file_transcribe.py", "stream_microphone.py", "benchmark.py", "evaluate.py", "scripts/report"):
+        command = [tmp_path / "bin" / "python", ROOT / script, "--version"]
+        for there, code, answer in (sys.prefix, 0, f"{voxtral_client.__version__}\n"), (tmp_path, 1, NOT_INSTALLED):
+            environment = os.environ | {"VOXTRAL_VENV": str(there)}
+            result = subprocess.run(command, capture_output=True, text=True, env=environment)
+            assert (result.returncode, result.stdout + result.stderr) == (code, answer)
+
+
+def test_all_packages_are_looked_for():
+    dependencies = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
+    assert tuple(re.match(r"\w+", name)[0] for name in dependencies) == PACKAGES
 
 
 @pytest.mark.parametrize("option", ["--max_line_width", "--max-line-width"])
@@ -66,3 +86,10 @@ def test_the_microphone_names_the_formats():
     result = run_script("stream_microphone.py", "-o", "talk.mp3")
     assert (result.returncode, result.stdout) == (2, "")
     assert "cannot tell the format" in result.stderr
+
+
+def test_python_in_the_readme(server):
+    code = re.search(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)[1]
+    code = code.replace("ws://localhost:8000/v1/realtime", server.url)
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=100)
+    assert [line.split()[2] for line in result.stdout.splitlines()] == (CHECKPOINT / "sample.txt").read_text().split()

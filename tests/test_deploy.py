@@ -10,7 +10,7 @@ import urllib.request
 
 import pytest
 import websockets
-from conftest import ROOT, ServerProcess, free_port
+from servers import ROOT, ServerProcess, free_port
 from speech import talk, write
 
 from voxtral_client.audio import stream

@@ -9,7 +9,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from servers import ROOT
+
+from launch.settings import TABLE
 
 LISTED = ["git", "ls-files", "--cached", "--others", "--exclude-standard"]
 FILES = {name for name in subprocess.check_output(LISTED, cwd=ROOT, text=True).split("\n") if (ROOT / name).is_file()}
@@ -18,7 +20,7 @@ SCRIPTS = ["test_file_transcribe.py", "stream_microphone.py", "benchmark.py", "e
 SCRIPTS += sorted(name for name in FILES if name.startswith("scripts/"))
 COMMANDS = {
     "voxtral-transcribe": SCRIPTS[0],
-    "voxtral-captions": SCRIPTS[1],
+    "voxtral-live": SCRIPTS[1],
     "voxtral-benchmark": SCRIPTS[2],
     "voxtral-evaluate": SCRIPTS[3],
 }
@@ -97,7 +99,7 @@ def helps() -> dict[str, str]:
 
     def ask(script: str) -> tuple[str, str]:
         source = text(script)
-        if script.endswith(".py"):
+        if "python" in source.partition("\n")[0]:
             command = [sys.executable, ROOT / script, "-h"]
         elif "--help)" in source:
             command = [ROOT / script, "-h"]
@@ -139,15 +141,21 @@ def test_variables(document, helps):
             if found := re.match(rf"(.*?)(?:\./|bash ){re.escape(script)}", line):
                 names = re.findall(r"(?<![\w/.-])([A-Z][A-Z0-9_]+)=", found[1])
                 unknown |= {name for name in names if not re.search(rf"\b{name}\b", helps[script])}
-    table = re.findall(r"^\| (`[A-Z].*?) \|", text(document), re.MULTILINE) if document == "README.md" else []
-    for name in INLINE.findall(" ".join(table)):
-        unknown |= set() if re.search(rf"\b{name}\b", helps["serve.sh"]) else {name}
     assert not unknown
+
+
+def test_table_of_variables():
+    """The README's names and defaults are those of launch/settings.py."""
+    defaults = {setting.name: setting.default for setting in TABLE}
+    for names, values in re.findall(r"^\| (`[A-Z][A-Z_`, ]+`) \| (.*?) \|", text("README.md"), re.MULTILINE):
+        names, values = INLINE.findall(names), INLINE.findall(values)
+        assert set(names) <= set(defaults)
+        assert not any(defaults[name] for name in names) or values == [defaults[name] for name in names]
 
 
 def test_error_messages():
     """This repository prints the messages of docs/troubleshooting.md, but for those marked as others'."""
-    folders = ("launch/", "voxtral_client/", "captions/", "vllm_plugin/")
+    folders = ("launch/", "voxtral_client/", "web/", "vllm_plugin/")
     names = [name for name in FILES if name.startswith(folders) and name.endswith((".py", ".js"))]
     names += [name for name in FILES if name.endswith(".sh") or ("/" not in name and name.endswith(".py"))]
     source = "\n".join(text(name) for name in names)
@@ -159,6 +167,10 @@ def test_error_messages():
                 parts = [part.strip(" .,:;()") for part in message.removeprefix("warning: ").split("...")]
                 unknown |= {part for part in parts if part not in source}
     assert not unknown
+
+
+def test_workflow_names_tests_that_exist():
+    assert set(re.findall(r"tests/\w+\.py", text(".github/workflows/check.yml"))) <= FILES
 
 
 def test_readme_is_short():

@@ -5,30 +5,45 @@ death the process is killed.
 """
 
 import asyncio
+import base64
+import contextlib
+import json
+import re
 import subprocess
 import sys
 import time
+import urllib.request
 
 import pytest
-from conftest import CHECKPOINT, ROOT
+import websockets
 from proxy import Proxy
+from servers import CHECKPOINT, ROOT
 from speech import talk, write
 
+from voxtral_client import transcriber
 from voxtral_client.audio import stream
 from voxtral_client.media import AudioFile
-from voxtral_client.session import Server
-from voxtral_client.timeline import Word
+from voxtral_client.session import Done, Server, SessionLost
+from voxtral_client.timeline import Timeline, Word
 from voxtral_client.transcriber import GaveUp, Transcriber
 
 SAMPLE = CHECKPOINT / "sample.wav"
 
 
 class Observed(Transcriber):
-    """A transcriber that remembers what it told its user."""
+    """A transcriber that remembers what it told its user. `limits`: in place of what it computes by itself."""
 
-    def __init__(self, url: str, key: str | None = None, **options):
+    def __init__(self, url: str, key: str | None = None, give_up_after: float = 120, **limits: float):
         self.told: list[tuple[str, str]] = []
-        super().__init__(Server(url, key), notify=lambda state, text: self.told.append((state, text)), **options)
+        self._limits = {f"_{name}": value for name, value in limits.items()}
+        super().__init__(Server(url, key), notify=self._remember, give_up_after=give_up_after)
+
+    def _remember(self, state: str, text: str) -> None:
+        self.told.append((state, text))
+
+    async def open(self) -> None:
+        await super().open()
+        vars(self).update(self._limits)
 
     async def transcribe(self, path, realtime=False) -> list[Word]:
         await self.open()
@@ -50,7 +65,7 @@ def undisturbed(server, recording):
     """What the server makes of the recording in a single session."""
     transcriber = Observed(server.url, rollover_after=1e6)
     words = asyncio.run(transcriber.transcribe(recording))
-    assert transcriber.timeline.session == 1
+    assert transcriber.session == 1
     assert len(words) > 25
     return words
 
@@ -79,11 +94,11 @@ async def through(server, recording, faults, **options) -> tuple[list[Word], Obs
         pytest.param([(1, "reset"), (2, "reset"), (300, "reset")], id="at-the-start"),
     ],
 )
-def test_connection_lost(server, recording, undisturbed, faults):
-    stall_after = 5 if ("stall" in str(faults)) else 60
-    words, transcriber, proxy = asyncio.run(through(server, recording, faults, stall_after=stall_after))
+def test_connection_lost(server, recording, undisturbed, faults, monkeypatch):
+    monkeypatch.setattr(transcriber, "STALL_SECONDS", 5 if "stall" in str(faults) else 60)
+    words, client, proxy = asyncio.run(through(server, recording, faults))
     assert proxy.struck == [fault for _, fault in faults]
-    assert transcriber.said("trying again")
+    assert client.said("trying again")
     assert_same(words, undisturbed)
 
 
@@ -118,7 +133,7 @@ def test_server_killed_and_restarted(server, recording, undisturbed):
 def test_rollover_at_pauses(server, recording, undisturbed):
     transcriber = Observed(server.url, rollover_after=8)
     words = asyncio.run(transcriber.transcribe(recording))
-    assert transcriber.timeline.session >= 4
+    assert transcriber.session >= 4
     assert_same(words, undisturbed)
 
 
@@ -133,8 +148,8 @@ def test_limit_of_the_server_reached_five_times(brief, tmp_path):
         return await asyncio.gather(blind.transcribe(path), rolling.transcribe(path))
 
     at_limit, at_pauses = asyncio.run(both())
-    assert blind.timeline.session >= 6
-    assert rolling.timeline.session >= 6
+    assert blind.session >= 6
+    assert rolling.session >= 6
     assert_same(at_limit, at_pauses)
     right = [text for text, _, _ in spoken]
     assert sum(a.text.strip() == b for a, b in zip(at_pauses, right, strict=True)) >= 0.95 * len(right)
@@ -171,6 +186,31 @@ def test_all_slots_taken(server, recording, undisturbed):
     assert_same(words, undisturbed)
 
 
+def test_clients_without_sense_fill_no_log(server):
+    """A line for a message that cannot be read, none for a client that leaves while it is answered."""
+    begun = server.log.stat().st_size
+    audio = json.dumps({"type": "input_audio_buffer.append", "audio": base64.b64encode(bytes(64000)).decode()})
+    start = [json.dumps({"type": "session.update", "model": "tiny"}), '{"type": "input_audio_buffer.commit"}']
+
+    async def leave(*messages: str | bytes) -> None:
+        async with websockets.connect(server.url) as socket:
+            for message in messages:
+                await socket.send(message)
+            await asyncio.sleep(0.1)
+            socket.transport.abort()
+
+    async def run() -> None:
+        for _ in range(5):
+            await leave(*["null", '{"type": "input_audio_buffer.append", "audio": 3}'] * 20)
+            await leave(b"binary")
+            await leave(*start, *[audio] * 10)
+
+    asyncio.run(run())
+    log = server.log.read_bytes()[begun:].decode(errors="replace")
+    assert "Error handling event" in log
+    assert "Traceback" not in log
+
+
 def test_memory_for_sessions_runs_out(brief):
     """More sessions than the KV cache holds: some end with an error and go on, none is lost or silent."""
     begun = brief.log.stat().st_size
@@ -180,8 +220,39 @@ def test_memory_for_sessions_runs_out(brief):
     ends = [client.communicate(timeout=400) for client in clients]
     assert [client.returncode for client in clients] == [0] * 6, ends
     assert all(out.split() == SAMPLE.with_suffix(".txt").read_text().split() for out, _ in ends)
-    assert "memory for sessions is full" in brief.log.read_bytes()[begun:].decode(errors="replace")
+    log = brief.log.read_bytes()[begun:].decode(errors="replace")
+    assert "memory for sessions is full" in log
+    assert "Traceback" not in log
     assert brief.healthy()
+
+
+def test_sessions_that_were_ended_leave_nothing_behind(brief):
+    """Frames that were on their way when the memory was full: no slot and no block is theirs."""
+
+    async def session(seconds: int) -> bool:
+        """Does the server answer to the end?"""
+        with contextlib.suppress(SessionLost):
+            async with Server(brief.url, "sesame").session("tiny") as session:
+                await session.send(SAMPLE.read_bytes()[44:][: 32000 * seconds])
+                await session.finish()
+                while not isinstance(await session.receive(), Done):
+                    pass
+                return True
+        return False
+
+    async def together(number: int, seconds: int) -> list[bool]:
+        async with asyncio.timeout(120):
+            return await asyncio.gather(*(session(seconds) for _ in range(number)))
+
+    for _ in range(3):
+        assert not all(asyncio.run(together(8, 14)))
+    assert all(asyncio.run(together(3, 1)))
+    assert counted(brief, "num_requests_waiting") == counted(brief, "num_requests_running") == 0
+
+
+def counted(server, name: str) -> float:
+    with urllib.request.urlopen(f"http://127.0.0.1:{server.port}/metrics", timeout=30) as reply:
+        return float(re.search(rf"^vllm:{name}{{.*}} (\S+)$", reply.read().decode(), re.M)[1])
 
 
 def test_gives_up_with_what_is_settled(server, recording, undisturbed):
@@ -201,20 +272,16 @@ def test_gives_up_with_what_is_settled(server, recording, undisturbed):
     asyncio.run(scenario())
 
 
-def test_speech_that_the_model_does_not_answer_is_asked_again(server, recording, undisturbed):
+def test_speech_that_the_model_does_not_answer_is_asked_again(server, recording, undisturbed, monkeypatch):
     """vllm#47614: blanks over speech. Here the proxy blanks the deltas of the first session."""
+    monkeypatch.setattr(transcriber, "BLANKS_SECONDS", 6)
+    add_delta = Timeline.add_delta
 
-    async def scenario() -> tuple[list[Word], Observed]:
-        transcriber = Observed(server.url, blanks_after=6)
-        add_delta = transcriber.timeline.add_delta
+    def stuck(timeline: Timeline, text: str) -> None:
+        add_delta(timeline, "" if timeline.session == 1 and timeline.transcribed > 10 * 16000 else text)
 
-        def stuck(text: str) -> None:
-            timeline = transcriber.timeline
-            add_delta("" if timeline.session == 1 and timeline.transcribed > 10 * 16000 else text)
-
-        transcriber.timeline.add_delta = stuck
-        return await transcriber.transcribe(recording), transcriber
-
-    words, transcriber = asyncio.run(scenario())
-    assert transcriber.said("asking a new session")
+    monkeypatch.setattr(Timeline, "add_delta", stuck)
+    client = Observed(server.url)
+    words = asyncio.run(client.transcribe(recording))
+    assert client.said("asking a new session")
     assert_same(words, undisturbed)

@@ -10,11 +10,12 @@ import subprocess
 import sys
 from contextlib import ExitStack
 
+import httpx2
 import numpy as np
 import psutil
 import pytest
 import websockets
-from conftest import ROOT
+from servers import ROOT
 from speech import talk
 from test_protocol import FINAL, START, TEXT, UPDATE, Client, append
 from voxtral_web import page
@@ -55,7 +56,7 @@ print(json.dumps(answers))
 @pytest.mark.slow
 def test_every_route_of_vllm():
     """vLLM's own app with all routes that it can mount, those for its developers included: the rest is refused."""
-    web = {"VLLM_PLUGINS": "voxtral_captions", "VOXTRAL_CAPTIONS": str(ROOT / "captions")}
+    web = {"VLLM_PLUGINS": "voxtral_web", "VOXTRAL_WEB": str(ROOT / "web")}
     environment = os.environ | web | {"VLLM_API_KEY": "sesame", "VLLM_SERVER_DEV_MODE": "1"}
     command = [sys.executable, "-c", ASK_EVERY_ROUTE]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
@@ -71,6 +72,7 @@ def test_every_route_of_vllm():
         "GET /v1/models": True,
         "POST /v1/audio/transcriptions": True,
         "GET /v1/realtime": True,
+        "GET /v1/audio/transcriptions/realtime": True,
         "GET /captions": False,
         "GET /health": False,
         "GET /metrics": False,
@@ -78,7 +80,9 @@ def test_every_route_of_vllm():
         "GET /ping": False,
         "POST /ping": False,
     }
-    assert all(401 not in answers[1:] for answers in let_in.values())
+    # Each route is asked without a key, then with it. A WebSocket of vLLM is hidden by ours, other routes are replaced.
+    assert all(401 not in answers[1::2] for answers in let_in.values())
+    assert len(let_in["GET /v1/models"]) == len(let_in["POST /v1/audio/transcriptions"]) == 2
     for route in let_in:
         assert f"`{route.split()[1]}" in TEXT, route
 
@@ -164,6 +168,13 @@ def test_other_paths(guard):
     assert ask(guard, path="/v1/realtime") is None
 
 
+def test_only_the_realtime_route_takes_a_websocket(guard):
+    """Others ended in a traceback of vLLM's, or passed without a look at the page's site."""
+    for path in ("/metrics/x", "/captions/", "/v1/models", "/v1/audio/transcriptions"):
+        assert ask(guard, "websocket", path, origin="https://evil.example")[0] == 404, path
+    assert ask(guard, "websocket", "/v1/realtime") is None
+
+
 def test_speed_is_told(monkeypatch):
     """In /v1/models: clients need not change sessions so often then."""
     for on in (["features", "rows"], ["rows"]):
@@ -192,7 +203,7 @@ class Wire:
 
 
 def limited(wire: Wire, idle: float = 600) -> Limited:
-    return Limited(wire.incoming.get, wire.send, idle, None, lambda: None)
+    return Limited(wire.incoming.get, wire.send, idle, None, False)
 
 
 async def drain(connection: Limited) -> dict:
@@ -228,6 +239,7 @@ def test_audio_waits_for_deltas(monkeypatch):
     monkeypatch.setattr("voxtral_web.limits.AHEAD_BYTES", 40 * 32000)
     delta = {"type": "websocket.send", "text": '{"type":"transcription.delta","delta":""}'}
     busy = {"type": "websocket.send", "text": '{"type":"error","error":"busy","code":"processing_error"}'}
+    no_model = {"type": "websocket.send", "text": busy["text"].replace("processing_error", "model_not_validated")}
 
     async def run() -> None:
         wire = Wire(START, *[SECOND] * 100)
@@ -245,6 +257,11 @@ def test_audio_waits_for_deltas(monkeypatch):
         left = wire.incoming.qsize()
         assert (await drain(connection))["type"] == "websocket.disconnect"  # room again, but not begun anew
         assert (left - wire.incoming.qsize(), wire.sent[-1]["code"]) == (33, 4413)
+
+        connection = limited(Wire(START, *[SECOND] * 38))
+        await connection.receive()
+        await connection.send(no_model)
+        assert (await drain(connection))["code"] == 4413  # not as much as while one runs
 
         connection = limited(wire := Wire(START, *[SECOND] * 100))
         while not wire.sent:
@@ -269,6 +286,7 @@ def test_audio_waits_for_deltas(monkeypatch):
     asyncio.run(run())
 
 
+@pytest.mark.slow
 def test_long_session_of_small_messages(monkeypatch):
     """What is counted for messages and given back for deltas stays together over hours: later as much may wait."""
     monkeypatch.setattr("voxtral_web.limits.AHEAD_BYTES", 100 * 640)
@@ -362,6 +380,22 @@ def test_sockets_of_an_address(server):
         assert b"too_many_sockets" in caught.value.response.body
     with Client(server.url, UPDATE, START, append(bytes(32000))) as client:
         assert client.receive()["type"] == "transcription.delta"
+
+
+def test_commit_without_a_model(server):
+    """It begins nothing, so no more audio may wait than before one: 16 MiB for each of 64 sockets were held."""
+    with Client(server.url, START) as client:
+        assert client.receive()["code"] == "model_not_validated"
+        with contextlib.suppress(websockets.ConnectionClosed):
+            client.send(*[append(bytes(640_000))] * 3)
+        assert client.ended().rcvd.code == 4413
+
+
+def test_head(server):
+    """Balancers and monitors ask with it."""
+    for path in ("health", "v1/models"):
+        answer = httpx2.head(f"http://127.0.0.1:{server.port}/{path}")
+        assert (answer.status_code, answer.content) == (200, b"")
 
 
 def test_longest_message(server):

@@ -1,10 +1,10 @@
 """What serve.sh does before vLLM starts: the download from a small hub, the delay, the fit on a GPU."""
 
 import contextlib
-import ctypes
 import json
 import os
 import random
+import shlex
 import shutil
 import signal
 import ssl
@@ -16,10 +16,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import pytest
-from conftest import CHECKPOINT, ROOT, free_port
 from hub import COMMIT, REPOSITORY, TOKEN, WITHOUT_XET_SERVER, XET_HASH, Hub
+from servers import CHECKPOINT, ROOT, free_port
 
-from launch import gpu
 from launch.fit import Plan
 from launch.settings import Settings
 
@@ -64,14 +63,14 @@ def launch(tmp_path, hub):
 
 
 def fake_gpu(folder: Path, smi: str, code: int = 0) -> dict[str, str]:
-    """Variables with which nvidia-smi prints `smi`, vLLM is a build for GPUs, and CUDA has no say."""
+    """Variables with which nvidia-smi prints `smi`, and vLLM is a build for GPUs."""
+    smi = "\n".join(f"{line}, 0, 8.6" if line.count(",") == 3 else line for line in smi.splitlines())
     (folder / "nvidia-smi").write_text(f"#!/bin/sh\ncat << 'END'\n{smi}\nEND\nexit {code}\n")
     (folder / "nvidia-smi").chmod(0o755)
-    (folder / "libcuda.so.1").write_text("nothing")
     info = folder / "site-gpu/vllm-0.32.0.dist-info"
     info.mkdir(parents=True, exist_ok=True)
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: vllm\nVersion: 0.32.0\n")
-    gpu = {"PYTHONPATH": str(info.parent), "LD_LIBRARY_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "0"}
+    gpu = {"PYTHONPATH": str(info.parent), "CUDA_VISIBLE_DEVICES": "0"}
     return gpu | {"PATH": f"{folder}:{os.environ['PATH']}"}
 
 
@@ -85,9 +84,14 @@ def refused(result: subprocess.CompletedProcess, *words: str, code: int = 1) -> 
         assert word in line
 
 
-def folder(result: subprocess.CompletedProcess) -> Path:
+def printed(result: subprocess.CompletedProcess) -> dict[str, str]:
+    """The lines that serve.sh reads."""
     assert result.returncode == 0, result.stderr
-    return Path(result.stdout.splitlines()[1])
+    return dict(part.split("=", 1) for part in shlex.split(result.stdout) if part != "export")
+
+
+def folder(result: subprocess.CompletedProcess) -> Path:
+    return Path(printed(result)["model"])
 
 
 def test_three_files_once_then_offline(launch, hub, large, tmp_path):
@@ -141,29 +145,25 @@ def test_stopped_by_ctrl_c(launch, hub, large, tmp_path):
     assert hub.sent < LARGE - 20 * MB
 
 
+@pytest.mark.slow
 def test_damage_on_the_way_and_on_disk(launch, hub, large):
+    """A damaged file is said to be one, and stays until the new one is there."""
     hub.spoil = True
     refused(launch(), "consolidated.safetensors was damaged during the download", "run this again")
     hub.spoil = False
     weights = folder(launch()) / "consolidated.safetensors"
-    for spoiled in (large[:-7], b"\0" + large[1:]):  # truncated, changed
+    weights.resolve().write_bytes(large[:-7])  # truncated
+    refused(launch(HF_HUB_OFFLINE="1"), str(weights), "damaged", "HF_HUB_OFFLINE")
+    hub.cuts = [0] * 100
+    refused(launch(), "was interrupted at")
+    assert weights.read_bytes() == large[:-7]
+    hub.cuts = []
+    for spoiled in (large[:-7], b"\0" + large[1:]):  # the second: changed
         weights.resolve().write_bytes(spoiled)
         result = launch()
         assert folder(result) == weights.parent
         assert "damaged: downloading it again" in result.stderr
         assert weights.read_bytes() == large
-
-
-def test_damaged_file_stays_until_the_new_one_is_there(launch, hub, large):
-    weights = folder(launch()) / "consolidated.safetensors"
-    spoiled = b"\0" + large[1:]
-    weights.resolve().write_bytes(spoiled)
-    refused(launch(HF_HUB_OFFLINE="1"), str(weights), "damaged", "HF_HUB_OFFLINE")
-    hub.cuts = [0] * 100
-    refused(launch(), "was interrupted at")
-    assert weights.read_bytes() == spoiled
-    hub.cuts = []
-    assert (folder(launch()) / "consolidated.safetensors").read_bytes() == large
 
 
 @pytest.fixture
@@ -274,9 +274,8 @@ def test_not_enough_disk(launch, hub, tmp_path):
 
 def test_delay_is_an_edited_copy(launch, tmp_path):
     def run(delay: str) -> list[str]:
-        result = launch(MODEL=str(CHECKPOINT), TRANSCRIPTION_DELAY_MS=delay)
-        assert result.returncode == 0, result.stderr
-        return result.stdout.splitlines()[1:3]
+        found = printed(launch(MODEL=str(CHECKPOINT), TRANSCRIPTION_DELAY_MS=delay))
+        return [found["model"], found["tokenizer"]]
 
     original = json.loads((CHECKPOINT / "tekken.json").read_text())
     assert run("480") == run("") == [str(CHECKPOINT), ""]  # its own
@@ -360,6 +359,8 @@ def test_fit_follows_the_command_line(launch, tmp_path):
     settings |= {"GPU_MEMORY_UTILIZATION": "0.90", "MAX_NUM_SEQS": "8", "MODEL": str(full_size(tmp_path))}
     result = launch("--max_num_batched_tokens=8192", smi="0, GPU-1, 11900, 12288", **settings)
     refused(result, "19.2 for one session", "set --max_num_batched_tokens 128")
+    few = launch("--max-num-seqs=12", smi="0, GPU-1, 11900, 12288", **settings)
+    assert few.returncode == 0 and "more live sessions than --max-num-seqs 8 may fall behind" in few.stderr
     # What it knows nothing of it leaves to vLLM.
     assert launch("-q", "torchao", smi="0, GPU-1, 8000, 8192", **settings).stderr == ""
     assert launch(smi="0, GPU-1, [N/A], [N/A]", **settings).stderr == ""
@@ -384,11 +385,20 @@ def test_gpu_that_cannot_be_used(launch, tmp_path):
     model = {"MODEL": str(CHECKPOINT), "GPU_MEMORY_UTILIZATION": "0.3"}
     for name in ("MIG-89ab0000", "2", "GPU-", "GPU-89ac", "fast", "0,"):
         refused(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES=name), "CUDA_VISIBLE_DEVICES", name.strip(","), code=2)
-    assert launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES="GPU-893").stdout.splitlines()[0] == "gpu 0"
+    found = printed(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES="GPU-893"))
+    assert (found["device"], found["CUDA_VISIBLE_DEVICES"]) == ("gpu", "0")
     words = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
     settings = fake_gpu(tmp_path, words, code=9)
     refused(launch(**model | settings), words, "repair the driver")
     refused(launch(**model | settings | {"PYTHONPATH": "", "CUDA_VISIBLE_DEVICES": "0"}), words)
+
+
+def test_gpu_that_is_too_old(launch, hub):
+    """Before the download, and also if it is the second of two."""
+    old = GPUS.replace("6000, 12288", "6000, 12288, 0, 7.5")
+    refused(launch(smi=old, CUDA_VISIBLE_DEVICES="1,0"), "GPU 1 has compute capability 7.5", "needs 8.0", "RTX 30")
+    assert not hub.sent
+    assert launch(smi=old, MODEL=str(CHECKPOINT), GPU_MEMORY_UTILIZATION="0.3").returncode == 0
 
 
 def test_gpu_with_vllm_for_the_cpu_and_the_other_way_round(launch, tmp_path):
@@ -396,35 +406,41 @@ def test_gpu_with_vllm_for_the_cpu_and_the_other_way_round(launch, tmp_path):
     result = launch(smi=GPUS, **model, PYTHONPATH="")
     refused(result, "nvidia-smi shows a GPU, but vLLM is installed for the CPU: run ./setup.sh")
     refused(launch(smi=GPUS, **model, CUDA_VISIBLE_DEVICES=""), "installed for one", "./setup.sh --cpu")
-    assert launch(smi=GPUS, **model, PYTHONPATH="", CUDA_VISIBLE_DEVICES="").stdout.splitlines()[0] == "cpu"
+    found = printed(launch(smi=GPUS, **model, PYTHONPATH="", CUDA_VISIBLE_DEVICES=""))
+    assert (found["device"], found.get("CUDA_VISIBLE_DEVICES")) == ("cpu", None)
 
 
-def test_memory_is_what_cuda_reports(monkeypatch):
-    """vLLM takes its share of CUDA's total, which is smaller than nvidia-smi's. Not shown on a GPU: CUDA is played."""
-
-    class Cuda:
-        cuInit = cuDeviceGet = staticmethod(lambda *_: 0)
-        size = 12_044 << 20
-
-        def cuDeviceTotalMem_v2(self, size, device):
-            ctypes.cast(size, ctypes.POINTER(ctypes.c_size_t)).contents.value = self.size
-            return 0
-
-    monkeypatch.setattr(gpu.os, "environ", dict(os.environ))
-    monkeypatch.setattr(ctypes, "CDLL", lambda name: Cuda())
-    assert gpu.total_of_cuda("0", 12288) == 12_044
-    Cuda.size = 24_000 << 20  # another GPU
-    assert gpu.total_of_cuda("0", 12288) == 12288
-    Cuda.cuInit = staticmethod(lambda *_: 100)
-    assert gpu.total_of_cuda("0", 12288) == 12288
+def test_memory_is_what_cuda_counts(tmp_path):
+    """vLLM takes its share of CUDA's total: on an H100, nvidia-smi's 81559 MiB without the 480 that are reserved."""
+    settings = os.environ | fake_gpu(tmp_path, "0, GPU-1, 12000, 12288, 244, 8.6")
+    code = "import os; from launch import gpu; print(gpu.find(os.environ).total)"
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=settings, capture_output=True, text=True)
+    assert result.stdout == "12044\n", result.stderr
 
 
-def test_command_line_leads_what_depends_on_it(launch):
-    """The line from which serve.sh takes --max-num-queued-reqs."""
-    model = {"MODEL": str(CHECKPOINT), "MAX_NUM_SEQS": "8", "MAX_NUM_BATCHED_TOKENS": "512"}
-    assert launch(**model).stdout.splitlines()[3:5] == ["", "8"]
-    assert launch("--max-num-seqs", "16", **model).stdout.splitlines()[3:5] == ["", "16"]
-    assert launch("--data-parallel-size", "2", **model).stdout.splitlines()[3:5] == ["uni", "16"]
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ("", {"sessions": "8", "executor": "", "MAX_NUM_BATCHED_TOKENS": "88", "QUANTIZATION": "bitsandbytes"}),
+        ("--max-num-seqs 16", {"sessions": "16", "MAX_NUM_SEQS": "16", "MAX_NUM_BATCHED_TOKENS": "96"}),
+        ("--data-parallel-size 2", {"sessions": "16", "executor": "uni"}),
+        ("--max_model_len=8k -q mxfp4", {"MAX_MODEL_LEN": "8k", "QUANTIZATION": "mxfp4"}),
+    ],
+)
+def test_command_line_leads_what_depends_on_it(launch, options, expected):
+    assert printed(launch(*options.split(), MODEL=str(CHECKPOINT))).items() >= expected.items()
+
+
+def test_values_are_safe_for_bash(launch, tmp_path):
+    """serve.sh evaluates them: a quote, a space or a command in a value stays what it is."""
+    model = tmp_path / "my model's $(touch hacked)"
+    shutil.copytree(CHECKPOINT, model)
+    script = (
+        f'set -eu; eval {shlex.quote(launch(MODEL=str(model)).stdout)}; printf \'%s|\' "$model" "$SERVED_MODEL_NAME"'
+    )
+    result = subprocess.run(["bash", "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert (result.stdout, result.stderr) == (f"{model}|{model.name}|", "")
+    assert not (tmp_path / "hacked").exists()
 
 
 @pytest.mark.parametrize(
@@ -446,6 +462,21 @@ def test_workers_of_several_engines_run_in_their_engines(options, engines, execu
     assert (settings.engines, settings.executor) == (engines, executor)
 
 
+@pytest.mark.parametrize(
+    ("seqs", "cores", "options", "servers"),
+    [
+        ("8", 16, "", 1),
+        ("224", 16, "", 3),
+        ("288", 16, "", 4),
+        ("224", 4, "", 1),  # the engine needs cores too
+        ("224", 32, "-dp 2", 6),
+        ("224", 16, "--api-server-count=1", 0),
+    ],
+)
+def test_many_sessions_get_several_api_processes(seqs, cores, options, servers):
+    assert Settings({"MAX_NUM_SEQS": seqs}, options.split()).api_servers(cores) == servers
+
+
 def test_python_of_another_place():
     """vLLM's command is on the PATH, but python3 is one without its packages."""
     settings = {"MODEL": str(CHECKPOINT), "HOST": "127.0.0.1", "PORT": str(free_port()), "PYTHONPATH": str(ROOT)}
@@ -461,19 +492,24 @@ def test_key_and_open_network(launch):
     result = launch("--api-key", "sesame", **model)
     assert "VLLM_API_KEY" in result.stderr
     assert "sesame" not in result.stderr
+    for key in ("sesame\r", "\ufeffsesame", "sésame", " sesame"):  # nobody could log in
+        refused(launch(**model, VLLM_API_KEY=key), "VLLM_API_KEY: ", "remove it", code=2)
+        refused(launch("--api-key", key, **model), "--api-key: ", "remove it", code=2)
 
 
-def make_certificate(folder: Path) -> subprocess.CompletedProcess:
-    return subprocess.run([ROOT / "scripts/make-certificate", folder], capture_output=True, text=True)
+def make_certificate(folder: Path, **variables: str) -> subprocess.CompletedProcess:
+    command = [ROOT / "scripts/make-certificate", folder]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | variables)
 
 
 def test_certificate(launch, tmp_path):
     """Made once, for every name and address of this machine; strict clients take it (as Python 3.13 is)."""
     result = make_certificate(tmp_path / "one")
-    certificate, key = tmp_path / "one/certificate.pem", tmp_path / "one/key.pem"
+    certificate, key, ca = (tmp_path / "one" / name for name in ("certificate.pem", "key.pem", "ca.pem"))
+    assert {file.name for file in ca.parent.iterdir()} == {"certificate.pem", "key.pem", "ca.pem"}
     assert result.returncode == 0, result.stderr
     assert f"TLS_CERT={certificate} TLS_KEY={key}" in result.stdout
-    assert "--cafile" in result.stdout
+    assert "--cafile ca.pem" in result.stdout
     assert key.stat().st_mode & 0o777 == 0o600
     shown = subprocess.run(["openssl", "x509", "-in", certificate, "-noout", "-ext", "subjectAltName"],
                            capture_output=True, text=True, check=True).stdout  # fmt: skip
@@ -484,7 +520,7 @@ def test_certificate(launch, tmp_path):
     assert all(address in shown for address in addresses if "." in address)
     again = make_certificate(tmp_path / "one")
     assert (again.returncode, again.stdout) == (1, "")
-    assert "remove both" in again.stderr
+    assert "remove ca.pem, certificate.pem and key.pem" in again.stderr
 
     assert make_certificate(tmp_path / "two").returncode == 0
     model = {"MODEL": str(CHECKPOINT)}
@@ -494,25 +530,62 @@ def test_certificate(launch, tmp_path):
     other = str(tmp_path / "two/key.pem")
     refused(launch(**model, TLS_CERT=str(certificate), TLS_KEY=other), "the key belongs to another certificate")
     refused(launch(**model, TLS_CERT=other, TLS_KEY=other), "do not match")
-    strict_handshake(certificate, key)
+    for name in ("localhost", "127.0.0.1", *addresses):
+        assert strict_handshake(certificate, key, ca, name) == "", name
+    assert "mismatch" in strict_handshake(certificate, key, ca, "bank.example")
+    assert strict_handshake(certificate, key, certificate, "localhost") == ""  # what earlier commands of users name
 
 
-def strict_handshake(certificate: Path, key: Path) -> None:
-    """A TLS connection in memory by a client that checks the name and everything RFC 5280 demands."""
+def strict_handshake(certificate: Path, key: Path, ca: Path, name: str) -> str:
+    """Why a client that trusts `ca` and checks everything that RFC 5280 demands takes no TLS connection to `name`."""
     theirs = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     theirs.load_cert_chain(certificate, key)
-    ours = ssl.create_default_context(cafile=certificate)
+    ours = ssl.create_default_context(cafile=ca)
     ours.verify_flags |= ssl.VERIFY_X509_STRICT
-    for name in ("localhost", "127.0.0.1"):
-        a, b, c, d = (ssl.MemoryBIO() for _ in range(4))
-        server = theirs.wrap_bio(a, b, server_side=True)
-        client = ours.wrap_bio(c, d, server_hostname=name)
-        for side in (client, server, client, server):
+    a, b, c, d = (ssl.MemoryBIO() for _ in range(4))
+    server = theirs.wrap_bio(a, b, server_side=True)
+    client = ours.wrap_bio(c, d, server_hostname=name)
+    for side in (client, server, client, server):
+        try:
             with contextlib.suppress(ssl.SSLWantReadError):
                 side.do_handshake()
-            a.write(d.read())
-            c.write(b.read())
-        assert client.getpeercert()["subject"]
+        except ssl.SSLCertVerificationError as error:
+            return error.verify_message
+        a.write(d.read())
+        c.write(b.read())
+    return "" if client.getpeercert() else "no certificate"
+
+
+STEAL = """#!/bin/sh
+"$OPENSSL" "$@" || exit
+while [ "$1" != -keyout ]; do shift; done
+case $2 in */one/*) ;; *) cp "$2" "$STOLEN" ;; esac
+"""
+
+
+def test_certificate_is_worth_nothing_for_other_names(tmp_path):
+    """Even to a thief of the authority's key, which is deleted: here openssl is replaced by one that steals it."""
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/openssl").write_text(STEAL)
+    (tmp_path / "bin/openssl").chmod(0o755)
+    stolen = tmp_path / "stolen.pem"
+    theirs = {"OPENSSL": shutil.which("openssl"), "STOLEN": str(stolen)}
+    path = f"{tmp_path}/bin:{os.environ['PATH']}"
+    assert make_certificate(tmp_path / "one", PATH=path, **theirs).returncode == 0
+    ca, key, forged = tmp_path / "one/ca.pem", tmp_path / "one/key.pem", tmp_path / "forged.pem"
+    extensions = "subjectAltName=DNS:{0} basicConstraints=critical,CA:FALSE authorityKeyIdentifier=keyid"
+
+    def forge(name: str) -> str:
+        added = [part for one in extensions.format(name).split() for part in ("-addext", one)]
+        files = ["-key", key, "-CA", ca, "-CAkey", stolen, "-out", forged]
+        subprocess.run(["openssl", "req", "-x509", "-subj", "/CN=x", *files, *added], check=True, capture_output=True)
+        return strict_handshake(forged, key, ca, name)
+
+    assert forge("localhost") == ""
+    assert forge("bank.example") == "permitted subtree violation"
+    # Nor does the server's own key sign anything: its certificate is no authority.
+    leaf = ssl.create_default_context(cafile=tmp_path / "one/certificate.pem").get_ca_certs()
+    assert len(leaf) == 1
 
 
 @pytest.mark.slow

@@ -14,10 +14,10 @@ import numpy as np
 import pytest
 import soundfile
 from captioner import Captioner
-from conftest import ROOT, free_port, run_script
 from proxy import Proxy
 from pulse import Pulse, pulseaudio, until
 from scripted import Ear, Scripted, scripted, tones
+from servers import ROOT, free_port, run_script
 from speech import talk, write
 from threads import threaded
 
@@ -158,6 +158,40 @@ def test_device_unplugged_and_back(server, pulse, speech, tmp_path):
         assert soundfile.info(kept).duration > 10
 
 
+def test_a_gap_counts_at_its_real_length(pulse, tmp_path):
+    """The microphone is away for six seconds: later words have their own times, and the file says what is missing."""
+    sound = np.concatenate([tones(3), np.zeros(16000, np.float32)])
+    path, out, kept = write(tmp_path / "tones.wav", sound), tmp_path / "a.json", tmp_path / "a.wav"
+    with (
+        scripted(lambda: Scripted(speak=Ear([" one", " two", " three"]))) as server,
+        captioning(pulse, "--url", server.url, "--device", "mic", "-o", out, "--record", kept) as captioner,
+    ):
+        begun = time.monotonic()
+        pulse.play(path).wait()
+        captioner.heard(["one", "two"])
+        pulse.unplug()
+        unplugged = time.monotonic()
+        captioner.said("mic is gone")
+        time.sleep(6)
+        pulse.plug()
+        plugged = time.monotonic()
+        captioner.said("mic is back")
+        until(lambda: pulse.recording(captioner.process.pid))
+        pulse.play(path).wait()
+        captioner.heard(6 * ["word"])
+        took = time.monotonic() - begun
+        captioner.interrupt()
+        assert captioner.end() == 0
+    found, (recorded, rate) = json.loads(out.read_text()), soundfile.read(kept)
+    assert found["complete"] is False
+    ((gone, back),) = found["missing"]
+    assert back - gone == pytest.approx(plugged - unplugged, abs=2)
+    assert len(recorded) / rate == pytest.approx(took, abs=1.5)
+    assert np.abs(recorded[round(gone * rate) + 9 : round(back * rate) - 9]).max() == 0
+    loud = back + np.flatnonzero(np.abs(recorded[round(back * rate) :]) > 0.02)[0] / rate
+    assert found["words"][3]["start"] == pytest.approx(loud, abs=0.3)
+
+
 def test_suspended_device(server, pulse, speech):
     """Audio stops coming while the stream stays active."""
     path, spoken = speech[1]
@@ -272,7 +306,8 @@ def test_captions_that_lack_audio_are_not_complete(pulse, tmp_path):
             captioner.said("connected again; lost: audio from 0:00:0")
             captioner.interrupt()
             assert captioner.end() == 0
-    assert json.loads((tmp_path / "a.json").read_text()) == {"words": [], "complete": False}
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert (found["words"], found["complete"], len(found["missing"])) == ([], False, 1)
 
 
 def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
@@ -295,6 +330,30 @@ def test_second_interrupt_stops_at_once(server, pulse, speech, tmp_path):
         cues = (tmp_path / "a.vtt").read_text().split("\n\n")
         assert cues[0] == "WEBVTT"
         assert " ".join(cue.split("\n", 2)[2].replace("\n", " ") for cue in cues[1:-1]) == captioner.stdout.strip()
+
+
+def test_words_of_a_talk_that_cannot_go_on(pulse, tmp_path):
+    """The server is gone for good in the middle of a sentence: what was on the screen is in the file, and marked."""
+    said = []
+
+    def hearing() -> Scripted:
+        ear = Ear([f" word{number}" for number in range(20)])
+        return Scripted(speak=lambda pcm, k: said.append(ear(pcm, k)) or said[-1])
+
+    path = write(tmp_path / "tones.wav", tones(20, gap=0.06))
+    with contextlib.ExitStack() as life:
+        server = life.enter_context(scripted(hearing))
+        options = "--url", server.url, "--device", "mic", "--output", tmp_path / "a.json", "--give-up-after", 1
+        with captioning(pulse, *options) as captioner:
+            playing = pulse.play(path)
+            until(lambda: "".join(said).count("word") >= 5)
+            life.close()
+            assert captioner.end() == 1
+            playing.wait()
+    found = json.loads((tmp_path / "a.json").read_text())
+    assert [word["text"] for word in found["words"][:3]] == ["word0", "word1", "word2"]
+    assert all(word["partial"] for word in found["words"])
+    assert found["complete"] is False
 
 
 def test_device_of_44100_hz_stereo_only(server, pulse, speech):
@@ -337,10 +396,32 @@ def test_disk_full(server, pulse, speech, tmp_path):
     with captioning(pulse, "--url", server.url, "--record", tmp_path / "a.wav", **full) as captioner:
         pulse.play(path).wait()
         captioner.interrupt()
-        assert captioner.end() == 0
+        assert captioner.end() == 1
         assert captioner.words == spoken
-        assert captioner.stderr.count("File too large") == 1
+        assert captioner.stderr.count("File too large; continuing without it") == 1
         assert 2.9 < soundfile.info(tmp_path / "a.wav").duration < 3.2
+
+
+def test_an_output_file_that_cannot_grow(pulse, tmp_path):
+    """The captions go on; the file keeps what it had, marked as unfinished, and the exit code says so."""
+    spoken = [f"word{number}" for number in range(6)]
+    out, sound = tmp_path / "a.srt", np.concatenate([tones(6), np.zeros(16000, np.float32)])
+    path = write(tmp_path / "tones.wav", sound)
+    (tmp_path / "client.conf").write_text("enable-shm = no\n")  # PulseAudio's memory counts as a file
+    full = {"preexec_fn": lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (60, 60))}
+    full["environment"] = {"PULSE_CLIENTCONFIG": str(tmp_path / "client.conf")}
+    with (
+        scripted(lambda: Scripted(speak=Ear([f" {word}" for word in spoken]))) as server,
+        captioning(pulse, "--url", server.url, "--device", "mic", "-o", out, **full) as captioner,
+    ):
+        pulse.play(path).wait()
+        captioner.heard(spoken[:-1])
+        captioner.interrupt()
+        assert captioner.end() == 1
+    assert captioner.words == spoken
+    assert captioner.stderr.count("a.srt: cannot be written (File too large); trying again with each word") == 1
+    assert subtitles(out)[0] == spoken[: len(subtitles(out)[0])]
+    assert out.with_name("a.srt.unfinished").exists()
 
 
 def fails(pulse: Pulse, code: int, *arguments: object, **environment: str) -> str:
@@ -368,8 +449,9 @@ def test_without_portaudio(pulse, tmp_path):
 
 
 def test_without_input_device(pulse):
-    line = fails(pulse, 1, PULSE_SERVER="unix:/nowhere", JACK_DEFAULT_SERVER="nobody")
-    assert "no input device" in line
+    for arguments in ((), ("--list-devices",)):
+        line = fails(pulse, 1, *arguments, PULSE_SERVER="unix:/nowhere", JACK_DEFAULT_SERVER="nobody")
+        assert "no input device" in line
 
 
 def test_device_names(pulse):
@@ -411,7 +493,7 @@ def test_files(server, pulse, tmp_path):
     assert {path.read_bytes() for path in tmp_path.iterdir()} == {b"precious"}
     assert (tmp_path / "a.wav").read_bytes() == b"precious"
     for option in ("--record", "--output"):
-        name = tmp_path / "none" / ("a.wav" if option == "--record" else "a.srt")
+        name = tmp_path / "a.srt" / ("a.wav" if option == "--record" else "a.srt")
         assert str(name) in fails(pulse, 1, "--url", server.url, option, name)
         assert "cannot tell the format" in fails(pulse, 2, "--url", server.url, option, tmp_path / "a.xyz")
 

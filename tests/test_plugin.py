@@ -123,6 +123,79 @@ def load_models(voxtral: str, out: str) -> None:
             print(name, "loaded by", type(loader).__name__)
 
 
+def one_product(voxtral: str, out: str) -> None:
+    """Voxtral as the engine loads it with `products` and `conditioning`, against the plugin's own code."""
+    import voxtral_int4
+    from bitsandbytes.functional import dequantize_4bit
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from vllm.config import set_current_vllm_config
+    from vllm.distributed import init_distributed_environment, initialize_model_parallel
+    from vllm.model_executor.model_loader import base_loader, get_model_loader
+    from vllm_bnb_plugin.quantization.linear import BitsAndBytesLinearMethod
+    from voxtral_speed import conditioning, products
+
+    class Products(TorchDispatchMode):
+        """Counts the products of a step."""
+
+        count = 0
+
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            self.count += func is torch.ops.bitsandbytes.gemm_4bit.default
+            assert "apply_bnb_4bit" not in str(func)
+            return func(*args, **(kwargs or {}))
+
+    config = new_config(voxtral, **MISTRAL)
+    voxtral_int4.register()
+    with set_current_vllm_config(config):
+        init_distributed_environment(1, 0, f"file://{out}/rendezvous_products", 0, "gloo")
+        initialize_model_parallel(1)
+    before = config.compute_hash()
+    products.apply_to_engine()
+    conditioning.apply_to_engine()
+    process, parents = base_loader.process_weights_after_loading, {}
+    torch.manual_seed(0)
+
+    def note(model, *args) -> None:
+        delay = torch.full((1,), model.n_delay_tokens, dtype=torch.bfloat16)
+        embedded = model.time_embedding(delay)
+        parents["time"] = []
+        for layer in model.language_model.model.layers:
+            first, gelu, last = layer.ada_rms_norm_t_cond
+            inner = torch.nn.functional.linear(embedded, first.weight.data)
+            parents["time"].append(torch.nn.functional.linear(gelu(inner), last.weight.data))
+        for name, layer in model.named_modules():
+            if isinstance(getattr(layer, "quant_method", None), products.OneProduct):
+                weight = layer.weight
+                parts = weight.data.split(weight.bnb_shard_offsets.diff().tolist())
+                whole = torch.cat([dequantize_4bit(p, weight.bnb_quant_state[i]) for i, p in enumerate(parts)])
+                x = torch.randn(3, whole.shape[1], dtype=torch.bfloat16)
+                product = BitsAndBytesLinearMethod.apply(layer.quant_method, layer, x, layer.bias)
+                parents[name] = (len(parts), whole, x, product)
+        process(model, *args)
+
+    instead = mock.patch.object(base_loader, "process_weights_after_loading", note)
+    with set_current_vllm_config(config), mock.patch("torch.accelerator.empty_cache"), instead:
+        model = get_model_loader(config.load_config).load_model(config, config.model_config)
+    assert config.compute_hash() != before, "the graphs compiled for the two would be confused"
+    for layer, value in zip(model.language_model.model.layers, parents.pop("time"), strict=True):
+        assert error(layer.ada_rms_norm_t_cond(None), value) < 0.01
+    with torch.inference_mode():
+        for name, (parts, whole, x, product) in parents.items():
+            layer = model.get_submodule(name)
+            assert not hasattr(layer.weight, "bnb_quant_state"), "the scales are held twice"
+            packed = torch.ops.bitsandbytes.dequantize_4bit(
+                layer.weight, layer.absmax, 64, "nf4", layer.shape, torch.bfloat16
+            )
+            assert torch.equal(packed, whole), name
+            with Products() as step:
+                mine = layer.quant_method.apply(layer, x, layer.bias)
+            assert step.count == 1, name
+            if parts == 1 and layer.bias is None:
+                assert torch.equal(mine, product), name  # the same arithmetic
+            assert error(mine, product) < 0.01, name  # another order of additions, one rounding less
+    print("one product:", len(parents), sorted({parts for parts, *_ in parents.values()}))
+
+
 def refuse_to_load(voxtral: str) -> None:
     """The second check, in another vLLM, which would not have asked for the first."""
     from vllm.model_executor.model_loader import get_model_loader
@@ -308,6 +381,13 @@ def test_another_model_gets_the_parents_code(loaded):
     assert error(here["model.layers.1.mlp.down_proj.weight"], right) < NF4_ERROR
 
 
+def test_one_product_a_layer(loaded):
+    """Four products for each of the six layers, two of them of three and two weights; the values are the plugin's."""
+    result = child(__file__, "one_product", loaded / "voxtral", loaded)
+    assert result.returncode == 0, result.stderr[-5000:]
+    assert "one product: 24 [1, 2, 3]" in result.stdout
+
+
 SERVE = ["-m", "vllm.entrypoints.cli.main", "serve", "--quantization", "bitsandbytes"]
 
 
@@ -336,7 +416,10 @@ def test_dependencies_are_the_versions_that_are_checked():
     source = (PLUGIN / "voxtral_int4/__init__.py").read_text()
     for pin in project["dependencies"]:
         name, version = pin.split("==")
-        assert f'"{name}": "{version}"' in source
+        if name == "voxtral-at-home":  # ours, of the same version: tests/test_setup.py
+            assert version == project["version"]
+        else:
+            assert f'"{name}": "{version}"' in source
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import soundfile
-from conftest import ROOT
+from servers import ROOT
 
 pytestmark = pytest.mark.slow
 EMBEDDED = ROOT / "tests" / "tiny_checkpoint"

@@ -2,17 +2,25 @@
 
 import asyncio
 import os
+import pty
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
+import urllib.request
 
+import numpy as np
 import pytest
-from conftest import CHECKPOINT, ROOT, ServerProcess, free_port, needs_vllm, run_script
+import soundfile
+import soxr
 from hub import REPOSITORY, Hub
+from servers import CHECKPOINT, ROOT, ServerProcess, free_port, needs_vllm, run_script
 from test_launch import fake_gpu
+from test_protocol import NODE
 
+from launch.settings import OPTIONS, TABLE
 from launch.weights import FILES
 from voxtral_client.session import Done, Server
 
@@ -85,7 +93,7 @@ def test_gpu_memory_held_by_others(tmp_path):
 @needs_vllm
 def test_what_vllm_is_started_with(tmp_path):
     """Here vllm is a script that prints its options. Those of the command line lead the ones that depend on them."""
-    (tmp_path / "vllm").write_text('#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $@"\n')
+    (tmp_path / "vllm").write_text('#!/bin/sh\necho "GPU=$CUDA_VISIBLE_DEVICES $@"\nenv\n')
     (tmp_path / "vllm").chmod(0o755)
     settings = fake_gpu(tmp_path, "0, GPU-11, 12000, 12288\n1, GPU-22, 12000, 12288")
     settings["PATH"] = f"{tmp_path}:{sys.prefix}/bin:{os.environ['PATH']}"
@@ -95,6 +103,9 @@ def test_what_vllm_is_started_with(tmp_path):
     assert "--max-num-queued-reqs 16" in result.stdout
     assert "--gpu-memory-utilization" in result.stdout
     assert "--distributed-executor-backend" not in result.stdout
+    names = set(re.findall(r"^(\w+)=", result.stdout, re.MULTILINE))
+    assert {"PORT", "MAX_NUM_SEQS", "SESSION_IDLE_MINUTES"} <= names  # vLLM's plugins read them
+    assert names.isdisjoint("device model tokenizer executor sessions servers".split())
     both = serve("--data-parallel-size", "2", **settings | {"CUDA_VISIBLE_DEVICES": "0,1"}).stdout
     assert "--max-num-queued-reqs 16 " in both
     assert "--distributed-executor-backend uni " in both
@@ -108,11 +119,17 @@ def test_help(script):
     assert "set -euo" not in result.stdout
 
 
-def test_every_variable_of_serve_is_explained():
-    text = (ROOT / "serve.sh").read_text()
-    used = set(re.findall(r"\$\{([A-Z][A-Z0-9_]+):-", text)) | {"CUDA_VISIBLE_DEVICES"}  # read by launch/gpu.py
-    explained = set(re.findall(r"^#   ([A-Z][A-Z0-9_]+)", text, re.M))
-    assert used == explained
+def test_every_variable_is_in_the_table():
+    """What serve.sh, launch/ and the plugins read, `./serve.sh -h` lists with its default."""
+    used = set(re.findall(r"\$\{?([A-Z][A-Z0-9_]+)", (ROOT / "serve.sh").read_text()))
+    for path in [*ROOT.glob("launch/*.py"), *ROOT.glob("vllm_plugin/*/*.py")]:
+        used |= set(re.findall(r"""(?:settings|environ(?:ment)?)(?:\.get\(|\[)"([A-Z][A-Z0-9_]+)""", path.read_text()))
+    others = {"PATH", "PYTHONPATH", "VLLM_PLUGINS", "XDG_CACHE_HOME", "XDG_CONFIG_HOME"}
+    others |= {name for name in used if name.startswith("HF_")} | set(OPTIONS.values())
+    assert used - others - {"HOME"} <= {setting.name for setting in TABLE}
+    shown = subprocess.run(["./serve.sh", "-h"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    for name, default, meaning, *_ in TABLE:
+        assert re.search(rf"^  {name}{'=' + re.escape(default) if default else ''} +{re.escape(meaning)}", shown, re.M)
 
 
 @pytest.mark.slow
@@ -122,6 +139,50 @@ def test_demo():
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == TEXT
     assert "× real time" in result.stderr
+
+
+@needs_vllm
+def test_addresses_and_a_code_for_phones(tmp_path):
+    """The code is read from the blocks on the terminal. What is no terminal gets neither the code nor the key."""
+    import cv2
+
+    settings = os.environ | {"TLS_CERT": "certificate.pem", "VLLM_API_KEY": "open #1+", "PORT": "8443"}
+    command, options = ["./serve.sh", "--show-address", "--host", "192.168.7.8"], {"cwd": ROOT, "env": settings}
+    main, other = pty.openpty()
+    subprocess.run(command, stdout=other, check=True, timeout=60, **options)
+    os.close(other)
+    *text, _ = os.read(main, 100_000).decode().splitlines()
+    os.close(main)
+    assert text[1] == "other clients: --url wss://192.168.7.8:8443/v1/realtime --cafile ca.pem"
+    light = [[(c in "█▀", c in "█▄") for c in line] for line in text[3:]]
+    picture = np.kron(np.array(light).transpose(0, 2, 1).reshape(-1, len(light[0])), np.full((8, 8), 255)).astype(
+        "uint8"
+    )
+    assert cv2.QRCodeDetector().detectAndDecode(picture)[0] == "https://192.168.7.8:8443/captions/#key=open%20%231%2B"
+    piped = subprocess.run(command, capture_output=True, text=True, check=True, timeout=60, **options).stdout
+    assert piped.splitlines() == text[:3]
+    for host in ("127.0.0.1", "localhost"):
+        options["env"] = os.environ | {"HOST": host}
+        alone = subprocess.run(command[:2], capture_output=True, text=True, check=True, timeout=60, **options).stdout
+        assert alone == "this machine:  http://localhost:8000/captions/\n"
+
+
+def test_key_file(locked, tmp_path, monkeypatch):
+    """Server and client read the same file, unless VLLM_API_KEY is set."""
+    monkeypatch.delenv("VLLM_API_KEY")
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    made = [subprocess.check_output([ROOT / "scripts/make-key"], text=True) for _ in range(2)]
+    file = tmp_path / "voxtral/key"
+    assert made == [f"{file}\n"] * 2
+    assert (file.stat().st_mode & 0o777, len(file.read_text())) == (0o600, 49)
+    assert "wrong API key (HTTP 401)" in transcribe(locked, "--insecure").stderr
+    file.write_text("sesame\r\n")
+    assert transcribe(locked, "--insecure").stdout == TEXT + "\n"
+    assert "wrong API key (HTTP 401)" in transcribe(locked, "--insecure", VLLM_API_KEY="open").stderr
+    file.write_text("sésame")
+    result = serve()
+    assert (result.returncode, result.stdout) == (2, "")
+    assert "VLLM_API_KEY: character 2 is" in result.stderr  # serve.sh reads it
 
 
 def transcribe(server, *arguments, **environment) -> subprocess.CompletedProcess:
@@ -135,10 +196,24 @@ def test_int4_with_key_and_certificate(locked):
         result = transcribe(locked, "--cafile", locked.certificate, *given, VLLM_API_KEY="" if given else "sesame")
         assert (result.returncode, result.stdout) == (0, TEXT + "\n"), result.stderr
     assert transcribe(locked, "--insecure", "--api-key", "sesame").stdout == TEXT + "\n"
+    trust = ssl.create_default_context(cafile=locked.certificate)
+    with urllib.request.urlopen(f"{locked.page}ca.pem", context=trust) as ca:  # for phones
+        assert ca.read() == locked.certificate.read_bytes()
     log = locked.log.read_text()
     assert '"WebSocket /v1/realtime" [accepted]' in log
     for secret in ("sesame", "input_audio_buffer", TEXT[:20]):
         assert secret not in log
+
+
+def test_openais_javascript_client(locked, tmp_path):
+    """The realtime part of the npm package: it speaks TLS only, and sends the key as a browser does."""
+    samples, rate = soundfile.read(CHECKPOINT / "sample.wav", dtype="int16")
+    (tmp_path / "sample.pcm").write_bytes(soxr.resample(samples, rate, 24_000).tobytes())
+    base = f"https://127.0.0.1:{locked.port}/v1"
+    command = [NODE, ROOT / "tests/sdks/openai.mjs", f"{sys.prefix}/openai/", base, "sesame", tmp_path / "sample.pcm"]
+    trusting = os.environ | {"NODE_EXTRA_CA_CERTS": str(locked.certificate)}
+    result = subprocess.run(command, env=trusting, capture_output=True, text=True, timeout=100)
+    assert (result.returncode, result.stdout) == (0, TEXT + "\n"), result.stderr
 
 
 def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):

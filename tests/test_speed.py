@@ -2,17 +2,22 @@
 
 import asyncio
 import importlib
+import json
+import os
 import re
 import subprocess
 import sys
+import time
 import urllib.request
 from pathlib import Path
 from types import SimpleNamespace
 
+import httpx2
 import numpy as np
 import psutil
 import pytest
-from conftest import CHECKPOINT, ServerProcess, run_script
+from realtime import MISTRAL, OPENAI, opened
+from servers import CHECKPOINT, ROOT, ServerProcess, run_script
 
 from voxtral_client.session import Server
 
@@ -22,11 +27,18 @@ frames = importlib.import_module("voxtral_speed.frames")
 SAMPLE = CHECKPOINT / "sample.wav"
 TEXT = (CHECKPOINT / "sample.txt").read_text().split()
 PCM = 6 * SAMPLE.read_bytes()[44:]  # 85 s
-ON_A_CPU = [name for name in voxtral_speed.ENGINE if name != "rows"]
+ON_A_CPU = [name for name in voxtral_speed.SCHEDULER + voxtral_speed.WORKER if name not in ("rows", "feedback")]
 
 
 def words(server: ServerProcess, audio: Path = SAMPLE, *options: str) -> subprocess.CompletedProcess:
     return run_script("test_file_transcribe.py", audio, "--url", server.url, "--parallel", "1", *options)
+
+
+async def by_server(server: ServerProcess, dialect: str) -> list[str]:
+    """The words that the server makes of the sample."""
+    async with opened(server, dialect) as socket:
+        await socket.configure()
+        return (await socket.end(PCM[: len(PCM) // 6]))["text"].split()
 
 
 def test_all_patches_are_on(server):
@@ -38,6 +50,36 @@ def test_all_patches_are_on(server):
     assert "speed patch" not in log
     assert "Warmed up by 5 sessions" in log
     assert words(server).stdout.split() == TEXT
+
+
+@pytest.mark.slow
+def test_other_processes_than_usual(tmp_path):
+    """Two API processes and a worker of its own: a patch that is off there is off in all, and nothing else is told."""
+    options = ("--api-server-count", "2", "--distributed-executor-backend", "mp")
+    server = ServerProcess(tmp_path / "log", *options, MAX_MODEL_LEN="256", MAX_NUM_SEQS="2")
+    try:
+        server.start().wait()  # for one of the processes
+        while len(re.findall("Warmed up by|warm-up failed", log := server.log.read_text(errors="replace"))) < 2:
+            assert server.healthy()
+            time.sleep(0.2)
+        assert "the worker runs in its own process" in log
+        assert (log.count("Warmed up by"), "warm-up failed" in log) == (2, False)
+        assert set(re.findall(r"speed patch (\S+) is off", log)) == {"features"}
+        (model,) = asyncio.run(Server(server.url).models())
+        assert (model["voxtral_speed"], model["max_sessions"]) == (None, 2)
+        assert words(server).stdout.split() == TEXT
+        for dialect in (OPENAI, MISTRAL) * 2:  # in which process is chance
+            assert asyncio.run(by_server(server, dialect)) == TEXT
+            url = f"http://127.0.0.1:{server.port}/v1/audio/transcriptions"
+            assert httpx2.post(url, files={"file": SAMPLE.read_bytes()}, timeout=60).json()["text"].split() == TEXT
+    finally:
+        server.kill()
+
+
+def test_fast_sessions_are_told(server, stock):
+    (fast,), (slow,) = (asyncio.run(Server(s.url, "secret").models()) for s in (server, stock))
+    assert (fast["voxtral_speed"], slow["voxtral_speed"]) == (True, None)
+    assert fast["max_sessions"] == slow["max_sessions"] == 4
 
 
 def test_without_patches_the_text_is_the_same(stock):
@@ -80,7 +122,7 @@ def test_a_long_session_and_many_of_them_leave_nothing_behind(server):
 
     The sound of 3600 frames as vLLM holds it, 2160 float32 each, is 31 MB.
     """
-    first, middle, last = asyncio.run(unpaced(server, 900, 99, 499, 899))
+    first, middle, last = asyncio.run(unpaced(server, 700, 99, 399, 699))
     assert abs((last - middle) - (middle - first)) <= 2
 
     async def many() -> None:
@@ -98,16 +140,17 @@ def test_names_of_patches():
     everything = list(voxtral_speed.PATCHES)
     assert voxtral_speed.enabled("") == voxtral_speed.enabled("1") == everything
     assert voxtral_speed.enabled("0") == []
-    assert voxtral_speed.enabled("rows,features") == ["features", "rows"]
     assert voxtral_speed.enabled("-rows") == [name for name in everything if name != "rows"]
     with pytest.raises(ValueError, match="no patch raws; there are"):
         voxtral_speed.enabled("-raws")
 
 
 def test_another_source_is_noticed():
-    voxtral_speed.expect(words, voxtral_speed.source_digest(words))
-    with pytest.raises(voxtral_speed.Unexpected, match="words has another source"):
-        voxtral_speed.expect(words, "0123456789ab")
+    here = f"{__name__}:words"
+    voxtral_speed.expect(here, voxtral_speed.source_digest(here))
+    for name in (here, "no_such_module:words", f"{__name__}:no_such_words"):
+        with pytest.raises(voxtral_speed.Unexpected, match="words has another source"):
+            voxtral_speed.expect(name, "0123456789ab")
 
 
 @pytest.mark.slow
@@ -120,14 +163,6 @@ def test_spent_frames_keep_their_place():
     assert get_mm_features_in_window(session, 1000, 1001) == (962, 963)
     assert get_mm_features_in_window(session, 10, 40) == (0, 2)
     assert session[5].data is None and sys.getsizeof(session[5]) < 64
-
-
-def test_tokens_follow_a_list_without_converting_it_again():
-    tokens = importlib.import_module("voxtral_speed.tokens").Tokens()
-    known: list[int] = []
-    for length in (39, 40, 41, 1500, 1501, 5000):
-        known += range(len(known), length)
-        assert tokens.follow(known).tolist() == known
 
 
 def test_tokens_in_advance():
@@ -153,6 +188,20 @@ def test_tokens_in_advance():
     asyncio.run(run())
 
 
+@pytest.mark.slow
+def test_the_next_frame_does_not_wait_for_the_token():
+    """vLLM's async scheduler, as on a GPU: the same tokens, also after an end of text, in steps that overlap."""
+
+    command = [sys.executable, Path(__file__).parent / "feedback.py", CHECKPOINT]
+    settings = {"PYTHONPATH": str(ROOT / "vllm_plugin"), "HF_HUB_OFFLINE": "1", "VLLM_CPU_KVCACHE_SPACE": "1"}
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    off, on = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
+    assert on["texts"] == off["texts"] and on["left"] == 0
+    assert {len(text) for text in on["texts"].values()} == {70}
+    assert on["overlapped"] > 2 * off["overlapped"]
+
+
 def test_step_of_single_frames_is_known():
     """Audio comes in the batch's order, and only where each request of the step is one new frame."""
     encode = importlib.import_module("voxtral_speed.encode")
@@ -169,6 +218,17 @@ def test_step_of_single_frames_is_known():
     assert encode.single_frames(features, {"b": [0], "c": [0]}, longer) is None
     chunk = SimpleNamespace(req_ids=["b", "a"], num_tokens=40)
     assert encode.single_frames(features, {"a": [1], "b": [0]}, chunk) is None
+
+
+@pytest.mark.slow
+def test_frame_encoder_steps_aside(caplog):
+    """Where its graphs cannot be captured; here there is no GPU at all."""
+    encode = importlib.import_module("voxtral_speed.encode")
+    audio = SimpleNamespace(frame_rate=12.5, streaming_look_back_ms=0, streaming_look_ahead_ms=0, sampling_rate=16000)
+    model = SimpleNamespace(audio_config=audio, whisper_encoder=SimpleNamespace(dtype=None))
+    runner = SimpleNamespace(get_model=lambda: model, max_num_reqs=2, device="cpu")
+    assert encode.frame_encoder(runner) is None
+    assert "frames are encoded without CUDA graphs: " in caplog.text
 
 
 def test_sessions_keep_their_rows():
@@ -218,5 +278,7 @@ def test_sessions_keep_their_rows():
     assert counts[:, 2].tolist() == [1, 5] and array["prefill"][2] == 65 and array["max"][2] == 66
     request.num_computed_tokens = 70  # tokens that the row never saw
     assert not rows.goes_on(runner, request)
+    array["all"][2] = 69  # the last step has computed this token and sampled the next
+    assert rows.goes_on(runner, request)
     request.req_id = "b"
     assert not rows.goes_on(runner, request)

@@ -10,11 +10,11 @@ from hypothesis import strategies as st
 
 from voxtral_client.audio import to_pcm16
 from voxtral_client.protocol import FRAME, RATE
-from voxtral_client.timeline import Timeline
+from voxtral_client.timeline import Timeline, Word
 
 DELAY = 6 * FRAME
 UNITS = st.integers(8, 45)  # a word's length, in 20 ms
-GAPS = st.integers(4, 100)  # the silence behind it, in 20 ms
+GAPS = st.integers(4, 100)  # the silence after it, in 20 ms
 
 
 class Model:
@@ -177,6 +177,86 @@ def test_space_between_sessions(before, after, space):
     """Only where one is missing, and only between sessions: within a session, the model's text is what it says."""
     assert spoken([[before], [after]]) == before + space + after
     assert spoken([[before, after]]) == before + after
+
+
+def told(deltas: list[str], sound: list[tuple[int, int]]) -> list[Word]:
+    """What becomes of one session with `sound` (see `audio_of`), whose deltas begin when its first word is over."""
+    samples, words = audio_of(sound)
+    timeline = Timeline()
+    timeline.begin()
+    timeline.add_audio(to_pcm16(samples))
+    for delta in [""] * (words[0][2] // FRAME + 1) + deltas + [""] * 20:
+        timeline.add_delta(delta)
+    timeline.finish()
+    return timeline.take()
+
+
+@pytest.mark.parametrize(
+    "pieces",
+    [
+        *[[" ", "2", "0", "2", "4"], [" ", "3", ".", "5"], [" ", "1", ",", "000"], [" ", "5", "%"], [" €", "5"]],
+        *[[" C", "+", "+"], [" e", "-", "mail"], [" “", "yes", ".”"], [" —", " yes"], [" ", " yes"], ["yes", " "]],
+    ],
+)
+def test_what_is_written_in_pieces_is_one_word_with_the_time_of_its_sound(pieces):
+    (word,) = told(pieces, [(40, 60)])
+    assert word.text.strip() == "".join(pieces).strip()
+    assert abs(word.start - 0.5) <= 0.04
+    assert abs(word.end - 1.3) <= 0.04
+
+
+def test_a_number_that_is_written_while_it_is_said_lasts_to_its_end():
+    """ "Twenty twenty-four": "24" follows after blanks, without a space."""
+    (word,) = told([" ", "2", "0", *[""] * 8, "2", "4"], [(30, 3), (45, 60)])
+    assert (word.text, abs(word.end - 2.06) <= 0.1) == (" 2024", True)
+
+
+def test_two_words_in_one_delta():
+    assert [word.text for word in told([" one two", "", ","], [(40, 60)])] == [" one", " two,"]
+
+
+def test_sound_without_a_word_is_final_when_two_sessions_agree():
+    samples, _ = audio_of([(250, 150)])
+    timeline, committed = Timeline(), []
+    timeline.add_audio(to_pcm16(samples))
+    for _ in range(2):
+        timeline.begin()
+        for _ in range((len(samples) - timeline.committed) // FRAME):
+            timeline.add_delta("")
+        committed.append(timeline.committed / RATE)
+        timeline.suspect_blanks()
+    assert committed[0] < 0.5
+    assert committed[1] > 6
+
+
+def test_chinese_without_a_pause_becomes_words_with_times():
+    """98 characters in 7.8 s, one a frame: they had been one word of 0.4 s."""
+    text = "今天天气很好我们一起去公园散步吧" * 6 + "你好"
+    words = told(list(text), [(8, 1)] + [(45, 1)] * 8 + [(10, 100)])
+    assert "".join(word.text for word in words) == text
+    assert max(len(word.text) for word in words) <= 7
+    spoken = np.linspace(0.66, 0.66 + 0.08 * len(text), len(text))[np.cumsum([len(word.text) for word in words]) - 1]
+    for word, end in zip(words, spoken, strict=True):
+        assert abs(word.end - end) <= 0.25
+    assert all(a.end <= b.start < b.end for a, b in itertools.pairwise(words))
+
+
+@pytest.mark.parametrize("noise", [None, -65])
+def test_soft_beginnings_and_tails_belong_to_the_word(noise):
+    """Words that swell and fade over 0.16 s, 55 dB below the voice at their ends."""
+    _, words = audio_of([(40, 14), (40, 40), (45, 12), (40, 60)])
+    samples = np.random.default_rng(4).normal(0, 1e-4, words[-1][2] + 2 * RATE)
+    fade, rng = round(0.16 * RATE), np.random.default_rng(5)
+    for _, start, end in words:
+        shape = np.ones(end - start)
+        shape[:fade], shape[-fade:] = 10 ** np.linspace(-2.75, 0, fade), 10 ** np.linspace(0, -2.75, fade)
+        samples[start:end] += rng.normal(0, 0.1, end - start) * shape
+    if noise:
+        samples += rng.normal(0, 10 ** (noise / 20), len(samples))
+    got, wanted = follow(samples, words, [])
+    for word, (_, start, end) in zip(got, wanted, strict=True):
+        assert abs(word.start - start / RATE) <= 0.06
+        assert abs(word.end - end / RATE) <= 0.06
 
 
 def test_live_audio_beyond_the_buffer_is_dropped_and_told():

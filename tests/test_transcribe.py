@@ -13,8 +13,8 @@ import time
 import numpy as np
 import pytest
 import soundfile
-from conftest import CHECKPOINT, ROOT, free_port, run_script
 from proxy import Proxy
+from servers import CHECKPOINT, ROOT, free_port, run_script
 from speech import talk, write
 
 SAMPLE = CHECKPOINT / "sample.wav"
@@ -39,7 +39,7 @@ def test_sample(server):
     assert result.returncode == 0
     assert result.stdout == TEXT.read_text().strip() + "\n"
     assert "× real time" in result.stderr
-    assert "39 prompt tokens" in result.stderr
+    assert "; 1 session, 39 prompt tokens" in result.stderr
 
 
 @pytest.mark.parametrize("rate", [8000, 44100])

@@ -13,20 +13,23 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
 import pytest
 import soundfile
-from conftest import CHECKPOINT, ROOT, run_script
-from speaker import speaking
-from speech import sparse_silence, talk, write
+from scripted import DIGITS, Ear, Scripted, Speaker, hearing, scripted, speaking, tones
+from servers import CHECKPOINT, ROOT, run_script
+from speech import WORDS, say, sparse_silence, talk, write
 
 from voxtral_client.media import AudioFile
-from voxtral_client.pool import HELD, Pool, cut, limits
+from voxtral_client.pool import HELD, Piece, Pool, cut, limits, uncut
 from voxtral_client.protocol import RATE
 from voxtral_client.recording import Recording
 from voxtral_client.session import Server
+from voxtral_client.timeline import Word
 
 SAMPLE = CHECKPOINT / "sample.wav"
 SCRIPT = ROOT / "test_file_transcribe.py"
@@ -104,8 +107,9 @@ def test_sigterm_ends_within_a_second(tmp_path, when):
         process = started(speaker, path, "-f", "jsonl", "-o", "-", "--quiet", "--parallel", 2)
         if when == "running":
             process.stdout.readline()
-        else:
-            time.sleep(0.1 if when == "connecting" else 2)
+        while when == "waiting" and speaker.granted < 2:
+            time.sleep(0.05)
+        time.sleep(0.1)
         begun = time.monotonic()
         process.send_signal(signal.SIGTERM)
         code, output, errors = ended(process)
@@ -118,10 +122,12 @@ def test_sigterm_ends_within_a_second(tmp_path, when):
 
 def test_interrupt_while_standard_input_is_silent(speaker):
     """One Ctrl+C ends it, well: what was heard is transcribed. Three had been ignored."""
+    before = speaker.frames
     process = started(speaker, "-", "--raw", RATE, stdin=subprocess.PIPE)
     process.stdin.write(bytes(2 * 3 * RATE))
     process.stdin.flush()
-    time.sleep(2)
+    while speaker.frames == before:
+        time.sleep(0.05)
     process.send_signal(signal.SIGINT)
     code = process.wait(30)
     output, errors = process.stdout.read().decode(), process.stderr.read().decode()
@@ -220,13 +226,112 @@ def test_standard_output_that_cannot_show_a_character(tmp_path):
         assert "日本" in transcribe(speaker, SAMPLE, "-f", "jsonl", "-o", "-", env=environment, encoding="utf-8").stdout
 
 
+def test_what_is_there_already_stays(speaker, tmp_path):
+    """Edited subtitles; the other recording goes on. --overwrite replaces them, when the first word is there."""
+    for name in ("a", "b"):
+        shutil.copy(SAMPLE, tmp_path / f"{name}.wav")
+    (tmp_path / "a.srt").write_text("edited")
+    result = transcribe(speaker, tmp_path, "-f", "srt")
+    assert result.returncode == 1
+    line = f"error: {tmp_path}/a.srt: exists already; --overwrite replaces it, --skip-existing keeps it"
+    assert result.stderr.splitlines()[0] == line
+    assert (tmp_path / "a.srt").read_text() == "edited"
+    assert "one" in (tmp_path / "b.srt").read_text()
+    with speaking(limit=1) as mute:  # no word comes
+        transcribe(mute, tmp_path / "a.wav", "-f", "srt", "--overwrite", "--give-up-after", 1)
+    assert (tmp_path / "a.srt").read_text() == "edited"
+    for options in (["--overwrite"], []):  # the second time, because it is unfinished
+        assert transcribe(speaker, tmp_path / "a.wav", "-f", "srt", *options).returncode == 0
+        assert "one" in (tmp_path / "a.srt").read_text()
+        (tmp_path / "a.srt.unfinished").touch()
+    assert len(list(tmp_path.iterdir())) == 5
+
+
+@pytest.mark.parametrize("output", ["file/", "file/deeper/", "closed/", "x" * 250 + ".srt"])
+def test_output_that_cannot_be_written_is_refused_before_the_audio_is_sent(tmp_path, output):
+    (tmp_path / "file").write_text("precious")
+    (tmp_path / "closed").symlink_to("/proc/self")  # nobody can write there, not even root
+    result = run_script("test_file_transcribe.py", SAMPLE, "-f", "srt", "-o", f"{tmp_path}/{output}")
+    assert result.returncode == 1
+    (line,) = result.stderr.splitlines()  # there is no server: it was not asked
+    assert "cannot be written" in line
+
+
+def test_names_of_recordings(speaker, tmp_path):
+    """A dot is no ending; two recordings of one name do not stop the others; a link without a target is named."""
+    for name in ("call 24.12.2024", "call 24.12.2025.wav", "day.wav", "day.mp3"):
+        shutil.copy(SAMPLE, tmp_path / name)
+    (tmp_path / "gone.wav").symlink_to("nowhere")
+    result = transcribe(speaker, tmp_path, "-f", "srt")
+    assert result.returncode == 1
+    assert {path.name for path in tmp_path.glob("*.srt")} == {"call 24.12.2024.srt", "call 24.12.2025.srt", "day.srt"}
+    first, second = [line for line in result.stderr.splitlines() if line.startswith("error: ")]
+    assert f"day.srt: the transcript of both {tmp_path}/day.mp3 and {tmp_path}/day.wav; rename one" in first
+    assert second == f"error: {tmp_path}/gone.wav: is a link without a target"
+
+
+def test_names_are_printed_escaped(speaker, tmp_path):
+    for name in ("a\033]0;title\007\033[31mred.wav", "b\nerror: everything is fine.wav"):
+        (tmp_path / name).write_text("junk")
+    result = transcribe(speaker, tmp_path)
+    assert [line.removeprefix(f"error: {tmp_path}/") for line in result.stderr.splitlines()] == [
+        r"a\x1b]0;title\x07\x1b[31mred.wav: not an audio file, or too damaged to be read",
+        r"b\nerror: everything is fine.wav: not an audio file, or too damaged to be read",
+    ]
+    result = run_script("test_file_transcribe.py", "x.wav", "-o", "\033[31m.doc")
+    assert r"\x1b[31m.doc: cannot tell the format" in result.stderr
+    assert "\033" not in result.stderr
+
+
+def test_a_pipe_that_nobody_reads_stops_no_ctrl_c(tmp_path):
+    """Stdout is full and blocks; the second Ctrl+C ends it all the same."""
+    with speaking() as speaker:
+        process = started(speaker, sparse_silence(tmp_path / "a.wav", 36000), "-f", "jsonl", "-o", "-", "--quiet")
+        blocked = Path(f"/proc/{process.pid}/wchan")
+        while "pipe_write" not in blocked.read_text():
+            assert process.poll() is None
+            time.sleep(0.05)
+        for _ in range(2):
+            process.send_signal(signal.SIGINT)
+            time.sleep(0.3)
+        assert process.wait(20) == 130
+        process.communicate()
+
+
+def open_files(pid: int) -> Iterator[str]:
+    for link in Path(f"/proc/{pid}/fd").iterdir():
+        with suppress(FileNotFoundError):  # closed since it was listed
+            yield os.readlink(link)
+
+
+def test_ctrl_c_while_a_folder_is_looked_through(tmp_path):
+    for number in range(3000):
+        (tmp_path / f"{number}.bin").write_bytes(bytes(20_000))
+    process = subprocess.Popen([sys.executable, SCRIPT, tmp_path], stderr=subprocess.PIPE, text=True)
+    while not any(".bin" in name for name in open_files(process.pid)):
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    assert process.wait(20) == 130
+    assert process.communicate()[1] == "stopped\n"
+
+
 def test_audio_is_not_overwritten_by_its_transcript(speaker, tmp_path):
     path = tmp_path / "a.txt"
     shutil.copy(SAMPLE, path)
-    result = transcribe(speaker, path, "-f", "txt")
+    result = transcribe(speaker, path, "-f", "txt", "--overwrite")
     assert result.returncode == 1
     assert "is an audio file" in result.stderr
     assert path.read_bytes() == SAMPLE.read_bytes()
+
+
+def test_an_error_begins_a_line(speaker, tmp_path):
+    """Also where text and errors go into one file, as from cron."""
+    path = tmp_path / "cut.flac"
+    soundfile.write(path, *soundfile.read(SAMPLE))
+    path.write_bytes(path.read_bytes()[:100_000])
+    both = transcribe(speaker, path, capture_output=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+    text, error, *_ = both.stdout.splitlines()
+    assert text and error.startswith("error: ") and "it breaks off after" in error
 
 
 def test_one_run_gives_up_once(tmp_path):
@@ -279,7 +384,27 @@ def test_all_sessions_have_work_to_the_end(tmp_path):
     assert b"".join(block for piece in pieces for block in piece.blocks()) == b"".join(AudioFile(path).blocks())
     with speaking() as speaker:
         transcribe(speaker, path)
-        assert speaker.sessions >= 40
+        assert speaker.granted >= 40
+
+
+@pytest.mark.parametrize(("texts", "space"), [(DIGITS, " "), (["今天"] * 190, "")])
+def test_words_do_not_stick_together_where_pieces_meet(tmp_path, texts, space):
+    """The first word of each session comes without its space; Chinese has none."""
+    path = write(tmp_path / "talk.wav", tones(60))
+    with scripted(lambda: Scripted(speak=Ear([space + text.strip() for text in texts], bare=True))) as server:
+        result = transcribe(server, path, "--parallel", 4)
+        assert len(server.sessions) >= 4
+    assert result.stdout == space.join(text.strip() for text in texts[:60]) + "\n"
+
+
+@pytest.mark.parametrize("width", [4, 64])
+def test_where_nobody_pauses_a_piece_becomes_longer(tmp_path, width):
+    """A pause after 70 s of words with 0.1 s between them; noise before and after them has pauses everywhere."""
+    samples, words = say(WORDS * 4, [0.1] * (4 * len(WORDS)), lead=40)
+    path = write(tmp_path / "talk.wav", np.concatenate([samples, np.zeros(40 * RATE)]))
+    cuts = [piece.offset / RATE for piece in cut(0, AudioFile(path), lambda: width)][1:]
+    assert len(cuts) >= 3
+    assert not any(words[0][1] < at < words[-1][2] for at in cuts)
 
 
 def test_many_sessions_hold_little_audio():
@@ -308,7 +433,95 @@ def test_sessions_that_were_refused_are_none(tmp_path):
         result = transcribe(speaker, silence(tmp_path / "a.wav", 300), "-o", tmp_path / "a.json", "--parallel", 6)
         assert result.returncode == 0
         assert speaker.refused
-        assert json.loads((tmp_path / "a.json").read_text())["sessions"] == speaker.sessions
+        assert json.loads((tmp_path / "a.json").read_text())["sessions"] == speaker.granted
+
+
+def test_one_session_stays_free_for_people(tmp_path):
+    with speaking(slots=4, tells=True) as speaker:
+        assert transcribe(speaker, silence(tmp_path / "a.wav", 300)).returncode == 0
+        assert (speaker.most <= 3, speaker.refused) == (True, 0)
+
+
+class Slow(Speaker):
+    """Sessions take `pause` seconds, in which those that are refused learn it."""
+
+    pause = 1.0
+
+    async def listen(self, socket) -> None:
+        await asyncio.sleep(self.pause)
+        await super().listen(socket)
+
+
+@pytest.mark.parametrize("grows", [False, True])
+def test_pool_after_a_refusal(tmp_path, monkeypatch, grows):
+    """It uses fewer sessions than were granted, and later more again. What was refused is transcribed in order."""
+    monkeypatch.setattr("voxtral_client.pool.GROW_SECONDS", 0.01 if grows else 1e6)
+    source = AudioFile(silence(tmp_path / "a.wav", 400))
+    ended: list[tuple[float, Piece]] = []
+
+    async def run() -> int:
+        async with Slow(texts=[""], slots=1 if grows else 4, crowded=True) as speaker:
+            pool = Pool(Server(speaker.url), 8, asyncio.Event())
+            async for piece, item in pool.run(cut(0, source, lambda: 8)):
+                assert item is None
+                speaker.most = speaker.most if ended else 0
+                speaker.slots = 1 if grows and len(ended) < 3 else 4
+                speaker.pause = 0.5 if grows else 0.0
+                ended.append((time.monotonic(), piece))
+            return speaker.most
+
+    most = asyncio.run(asyncio.wait_for(run(), 60))
+    assert (most == 4) if grows else (most <= 3)
+    begun = [piece.begun for _, piece in ended[:8] if piece.begun > ended[0][0]]
+    assert grows or begun == sorted(begun)
+
+
+def test_a_piece_is_refused_while_the_next_one_is_read(tmp_path):
+    """And there is no next one: the piece is transcribed all the same."""
+    source = AudioFile(silence(tmp_path / "a.wav", 4))
+
+    async def run() -> list:
+        async with Speaker(slots=1, crowded=True) as speaker:
+
+            def pieces():
+                for number in range(2):
+                    yield uncut(number, source)
+                while not (speaker.refused and speaker.granted and not speaker.active):
+                    time.sleep(0.05)
+                time.sleep(0.5)
+
+            pool = Pool(Server(speaker.url), 3, asyncio.Event())
+            return [item async for _, item in pool.run(pieces()) if not isinstance(item, Word)]
+
+    assert asyncio.run(asyncio.wait_for(run(), 60)) == [None, None]
+
+
+@pytest.mark.parametrize("format", ["txt", "srt", "vtt", "tsv", "json", "jsonl"])
+def test_words_that_no_session_can_confirm_are_written(tmp_path, format):
+    """The server goes away for good in the middle of talk without a pause."""
+    faults = [{"after": 40}, {"http": 404, "always": True}]
+    with scripted(hearing(), faults=faults) as server:
+        out = tmp_path / f"out.{format}"
+        audio = write(tmp_path / "a.wav", tones(20, gap=0.06))
+        result = transcribe(server, audio, "--give-up-after", 1, "-o", out)
+        assert result.returncode == 1
+        assert "gave up after 1 s" in result.stderr
+        found = out.read_text()
+        assert [word in found for word in ("number0", "number3")] == [True, True]
+        assert found.count('"partial": true') == (found.count("number") if "json" in format else 0)
+        assert out.with_name(out.name + ".unfinished").exists()
+
+
+def test_a_recording_in_flac(tmp_path):
+    """In pieces of any length, also none: the same samples."""
+    sound, _ = soundfile.read(SAMPLE, dtype="int16")
+    recording = Recording(tmp_path / "a.flac")
+    for piece in np.split(sound, [1600, 1600, 1607, 40_000, 44_608]):
+        recording.write(piece.tobytes())
+    recording.close()
+    found, rate = soundfile.read(tmp_path / "a.flac", dtype="int16")
+    assert (recording.error, rate) == ("", RATE)
+    assert np.array_equal(found, sound)
 
 
 class Sparse(io.FileIO):

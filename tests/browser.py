@@ -12,6 +12,16 @@ ELSEWHERE = "captions.test"
 expect.set_options(timeout=30_000)  # a machine may be slow; no test is about speed
 
 
+# All that the page said: a message may be gone before anybody looks.
+LISTEN = """
+  window.said = [];
+  document.addEventListener("DOMContentLoaded", () => {
+    const message = document.querySelector("#message");
+    if (message) new MutationObserver(() => said.push(message.textContent)).observe(message, {childList: true});
+  });
+"""
+
+
 @asynccontextmanager
 async def browsing(wav: Path | None = None, **context: object) -> AsyncIterator[Page]:
     """Yield an empty page in a new browser. `context`: options of playwright's new_context.
@@ -30,7 +40,13 @@ async def browsing(wav: Path | None = None, **context: object) -> AsyncIterator[
             page.faults = []
             page.on("pageerror", lambda error: page.faults.append(error))
             page.set_default_timeout(30_000)
+            await page.add_init_script(LISTEN)
             yield page
             assert not page.faults
         finally:
             await browser.close()
+
+
+async def says(page: Page, text: str) -> None:
+    """Wait until the page says or has said `text`."""
+    await page.wait_for_function("text => said.some(message => message.includes(text))", arg=text)

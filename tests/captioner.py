@@ -53,7 +53,7 @@ class Captioner:
                 while data := os.read(descriptor, 4096):
                     setattr(self, name, getattr(self, name) + data.decode(errors="replace"))
                     if self.terminal:
-                        self._stream.feed(data)
+                        self._stream.feed(data.replace(b"\x1b[2m", b"\x1b[90m"))  # pyte drops dim: bright black
             os.close(descriptor)
 
         setattr(self, name, "")
