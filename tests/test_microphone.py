@@ -357,6 +357,45 @@ def test_words_of_a_talk_that_cannot_go_on(pulse, tmp_path):
     assert found["complete"] is False
 
 
+# Ends what listens to the microphone in the same moment in which the third block arrives.
+ENDED_BY_A_BLOCK = """
+import asyncio, itertools
+from voxtral_client import microphone
+
+async def main():
+    blocks = itertools.count(1)
+
+    class Arrival(asyncio.Event):
+        def set(self):
+            super().set()
+            if next(blocks) == 3:
+                listening.cancel()
+
+    class Capture(microphone._Capture):
+        def __init__(self, *options):
+            super().__init__(*options)
+            self._more = Arrival()
+
+    async def listen():
+        async for _ in microphone.Microphone("mic", None, print).chunks(asyncio.Event()):
+            pass
+
+    microphone._Capture = Capture
+    listening = asyncio.create_task(listen())
+    await asyncio.wait([listening], timeout=20)
+    print("ended" if listening.cancelled() else "goes on")
+
+asyncio.run(main())
+"""
+
+
+def test_end_in_the_moment_in_which_a_block_arrives(pulse):
+    """A talk that cannot go on, or a second Ctrl+C: asyncio.wait_for of Python 3.11 may then go on for ever."""
+    command = [sys.executable, "-c", ENDED_BY_A_BLOCK]
+    result = subprocess.run(command, cwd=ROOT, env=pulse.environment, capture_output=True, text=True, timeout=60)
+    assert result.stdout == "ended\n", result.stderr
+
+
 def test_device_of_44100_hz_stereo_only(server, pulse, speech):
     """JACK offers no other rate: unlike PulseAudio, it does not resample."""
     path, spoken = speech[0]

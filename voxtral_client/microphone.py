@@ -157,7 +157,8 @@ class Microphone:
                         capture = self._reopened() or capture
                         yield self._counted(self._silence_until(time.monotonic()))
                         with contextlib.suppress(TimeoutError):
-                            await asyncio.wait_for(stop.wait(), 0 if self.connected else RETRY_SECONDS)
+                            async with asyncio.timeout(0 if self.connected else RETRY_SECONDS):
+                                await stop.wait()
                 self._count(capture)
         finally:
             capture.close()
@@ -272,7 +273,8 @@ class _Capture:
                 break
             self._more.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._more.wait(), IDLE_SECONDS / LOOKS)
+                async with asyncio.timeout(IDLE_SECONDS / LOOKS):
+                    await self._more.wait()
         else:
             self._over = not self._blocks
         return self._convert(self._blocks.popleft()) if self._blocks else b""

@@ -232,7 +232,8 @@ class Pool:
         """Wait until a piece has ended, or until there may be one session more."""
         self._ended.clear()
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._ended.wait(), GROW_SECONDS)
+            async with asyncio.timeout(GROW_SECONDS):
+                await self._ended.wait()
 
     def _begin(self, piece: Piece, sessions: asyncio.TaskGroup) -> None:
         # An endless source cannot be read from its beginning a second time: it waits for a slot.
