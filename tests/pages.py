@@ -44,11 +44,16 @@ SPY = """{
   const media = navigator.mediaDevices, real = media.getUserMedia.bind(media);
   window.streams = [];
   window.recorded = new Set();
+  window.opening = 0;
   media.getUserMedia = async (wish) => {
-    if (window.slow) await new Promise((resolve) => setTimeout(resolve, slow));
-    const stream = await real(wish);
-    streams.push(stream);
-    return stream;
+    opening++;
+    try {
+      if (window.slow) await new Promise((resolve) => setTimeout(resolve, slow));
+      streams.push(await real(wish));
+      return streams.at(-1);
+    } finally {
+      opening--;
+    }
   };
   window.live = () => streams.flatMap((stream) => stream.getTracks()).filter((track) => track.readyState === "live");
   const Node = AudioWorkletNode;
