@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The work is in voxtral_measure/benchmark.py."""
 
-from voxtral_client.script import start
+from voxtral_client.script import benchmark
 
 if __name__ == "__main__":
-    start("voxtral_measure.benchmark")
+    benchmark()

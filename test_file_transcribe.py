@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """The work is in voxtral_client/files.py."""
 
-from voxtral_client.script import start
+from voxtral_client.script import transcribe
 
 if __name__ == "__main__":
-    start("voxtral_client.files")
+    transcribe()

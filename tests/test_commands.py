@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tomllib
@@ -16,6 +17,7 @@ from voxtral_client.script import PACKAGES
 
 SAMPLE = CHECKPOINT / "sample.wav"
 NOT_INSTALLED = "error: av is not installed: run ./setup.sh, or ./setup.sh --client where no server runs\n"
+SCRIPTS = ("test_file_transcribe.py", "stream_microphone.py", "benchmark.py", "evaluate.py", "scripts/report")
 COMMANDS = ("transcribe", "live", "benchmark", "evaluate")
 
 
@@ -45,12 +47,32 @@ def test_installed_commands(tmp_path):
 def test_any_python_starts_the_scripts(tmp_path):
     """The system's, which has none of the packages: it finds those of setup.sh, or says what to run."""
     subprocess.run([sys.executable, "-m", "venv", "--without-pip", tmp_path], check=True)
-    for script in ("test_file_transcribe.py", "stream_microphone.py", "benchmark.py", "evaluate.py", "scripts/report"):
+    for script in SCRIPTS:
         command = [tmp_path / "bin" / "python", ROOT / script, "--version"]
         for there, code, answer in (sys.prefix, 0, f"{voxtral_client.__version__}\n"), (tmp_path, 1, NOT_INSTALLED):
             environment = os.environ | {"VOXTRAL_VENV": str(there)}
             result = subprocess.run(command, capture_output=True, text=True, env=environment)
             assert (result.returncode, result.stdout + result.stderr) == (code, answer)
+
+
+INTERRUPTED = """
+import os, signal, sys
+
+class Finder:
+    def find_spec(self, name, path, target=None):
+        if name == "numpy":
+            os.kill(os.getpid(), signal.SIGINT)
+
+sys.meta_path.insert(0, Finder())
+"""
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_interrupt_before_anything_has_begun(script, tmp_path):
+    """Ctrl+C while modules are imported, which takes a second: no traceback, nothing to read."""
+    (tmp_path / "sitecustomize.py").write_text(INTERRUPTED)
+    result = run_script(script, "--version", env=os.environ | {"PYTHONPATH": str(tmp_path)})
+    assert (result.returncode, result.stdout + result.stderr) == (-signal.SIGINT, "")
 
 
 def test_all_packages_are_looked_for():

@@ -16,6 +16,7 @@ from typing import Any, NoReturn
 from . import __version__
 from .errors import Problem, Refused, fault
 from .protocol import DEFAULT_URL
+from .script import interruptible
 from .session import Server, printable
 from .subtitles import Limits
 from .transcriber import GIVE_UP_SECONDS
@@ -167,6 +168,7 @@ def run(main: Awaitable[int]) -> int:
         sys.stdout.reconfigure(errors="replace")
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until Interrupts takes over
+        interruptible()
     try:
         return asyncio.run(_ended(main))
     except Problem as error:
