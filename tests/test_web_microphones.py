@@ -39,7 +39,7 @@ def test_microphone_changed_quickly():
                 await page.locator("#device").select_option(device)
             assert await settle_down(page) == [second]
             await page.evaluate("recorded.clear()")
-            await page.wait_for_function("recorded.size")
+            await page.wait_for_function("() => recorded.size")
             await page.wait_for_timeout(1000)
             assert await page.evaluate("recorded.size") == 1
 
