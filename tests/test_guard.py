@@ -286,6 +286,31 @@ def test_audio_waits_for_deltas(monkeypatch):
     asyncio.run(run())
 
 
+@pytest.mark.parametrize(
+    ("query", "bounded"),
+    [
+        ("", True),
+        ("intent=transcription", False),
+        ("intent=transcription&intent=", True),
+        ("intent=x&intent=transcription", False),
+    ],
+)
+def test_limits_are_those_of_the_protocol_that_answers(guard, query, bounded):
+    """The last `intent` counts, also an empty one. Only a dialect bounds by itself what waits."""
+    wire = Wire(*[SECOND] * 100)
+    scope = {"type": "websocket", "path": "/v1/realtime", "headers": [], "query_string": query.encode()}
+
+    async def application(_scope, receive, _send) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(0.2):
+                while (await receive())["type"] != "websocket.disconnect":
+                    pass
+
+    guard.app = application
+    asyncio.run(guard(scope, wire.incoming.get, wire.send))
+    assert [message.get("code") for message in wire.sent] == [4413] * bounded
+
+
 @pytest.mark.slow
 def test_long_session_of_small_messages(monkeypatch):
     """What is counted for messages and given back for deltas stays together over hours: later as much may wait."""

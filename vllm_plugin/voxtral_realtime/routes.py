@@ -6,6 +6,7 @@ from fastapi import FastAPI
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocket
 from voxtral_speed import Unexpected, expect
+from voxtral_web.guard import MISTRAL, is_dialect
 
 from .mistral import Mistral
 from .openai import OpenAI
@@ -15,7 +16,7 @@ async def realtime(socket: WebSocket) -> None:
     """OpenAI's transcription if the client asks for it by `intent`, otherwise vLLM's own protocol."""
     from vllm.entrypoints.speech_to_text.realtime.api_router import realtime_endpoint
 
-    if socket.query_params.get("intent") == "transcription":
+    if is_dialect(socket.scope):  # by which the guard chooses the limits
         await OpenAI(socket).serve()
     else:
         await realtime_endpoint(socket)
@@ -30,7 +31,7 @@ def attach(app: FastAPI) -> None:
     """Add the routes, before vLLM's own."""
     app.router.routes[:0] = [
         WebSocketRoute("/v1/realtime", realtime),
-        WebSocketRoute("/v1/audio/transcriptions/realtime", mistral),
+        WebSocketRoute(MISTRAL, mistral),
     ]
     combine_connection_fields()
 

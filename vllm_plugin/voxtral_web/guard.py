@@ -21,9 +21,9 @@ Environment: ALLOWED_ORIGINS and ALLOWED_HOSTS (both separated by spaces), SESSI
 import ipaddress
 import os
 import socket
-from urllib.parse import SplitResult, parse_qs, urlsplit
+from urllib.parse import SplitResult, urlsplit
 
-from starlette.datastructures import Headers
+from starlette.datastructures import Headers, QueryParams
 from starlette.middleware.cors import CORSMiddleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
@@ -149,8 +149,8 @@ class Guard:
 
 def is_dialect(scope: Scope) -> bool:
     """Return whether voxtral_realtime serves this WebSocket, which bounds by itself what waits."""
-    query = parse_qs(scope.get("query_string", b"").decode("latin-1"))
-    return scope["path"].endswith(MISTRAL) or query.get("intent", [])[-1:] == ["transcription"]
+    query = QueryParams(scope.get("query_string", b""))
+    return scope["path"].endswith(MISTRAL) or query.get("intent") == "transcription"
 
 
 def hostname(netloc: str) -> str:
