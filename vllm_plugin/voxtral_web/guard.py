@@ -29,7 +29,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import refuse
-from .limits import MESSAGE_BYTES, Limited
+from .limits import MESSAGE_BYTES, Limited, sessions
 
 MISTRAL = "/v1/audio/transcriptions/realtime"
 REALTIME = {"/v1/realtime", MISTRAL}  # the only routes that take a WebSocket
@@ -95,8 +95,7 @@ class Guard:
         Without the latter a client that reads no response would keep the server from ending.
         """
         if args := getattr(state, "args", None):
-            slots = (getattr(args, "max_num_seqs", None) or 0) * (getattr(args, "data_parallel_size", None) or 1)
-            self.per_address = max(SOCKETS_PER_ADDRESS, 2 * slots)
+            self.per_address = max(SOCKETS_PER_ADDRESS, 2 * sessions(args))
         if server := getattr(state, "server", None):
             server.config.ws_max_size, server.config.timeout_graceful_shutdown = MESSAGE_BYTES, STOP_SECONDS
 

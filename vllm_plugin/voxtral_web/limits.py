@@ -1,8 +1,9 @@
-"""Limits of one WebSocket, as an ASGI connection. The specification is in PROTOCOL.md, "Limits"."""
+"""Limits of one WebSocket, as an ASGI connection, and the server's sessions. Specification: PROTOCOL.md, "Limits"."""
 
 import asyncio
 import json
 import re
+from argparse import Namespace
 
 from starlette.types import Message, Receive, Send
 
@@ -21,6 +22,11 @@ FIRST_AUDIO_SECONDS = 60  # more than the 40 s after which uvicorn closes a conn
 
 # RFC 6455 leaves 4000 to 4999 to applications. HTTP's 408 is Request Timeout, 413 is Content Too Large.
 IDLE_CODE, FULL_CODE = 4408, 4413
+
+
+def sessions(args: Namespace, unknown: int = 0) -> int:
+    """Return how many sessions vLLM's options allow at once, in all engines; `unknown` in each, where vLLM chooses."""
+    return (getattr(args, "max_num_seqs", None) or unknown) * (getattr(args, "data_parallel_size", None) or 1)
 
 
 class Limited:

@@ -22,6 +22,7 @@ from starlette.types import Receive, Scope, Send
 from starlette.websockets import WebSocketDisconnect
 from voxtral_speed.warmup import warm_up
 
+from .limits import sessions
 from .upload import MAX_MEGABYTES, Uploads
 
 FOLDER = "VOXTRAL_WEB"  # the variable with the page's folder; serve.sh sets it
@@ -51,9 +52,7 @@ async def models(request: Request) -> JSONResponse:
     from vllm.entrypoints.openai.models.api_router import show_available_models
 
     listing = json.loads((await show_available_models(request)).body)
-    args = request.app.state.args
-    slots = (args.max_num_seqs or 0) * (args.data_parallel_size or 1)  # 0: vLLM chooses
-    more = {"max_upload_mb": MAX_MEGABYTES, "max_sessions": slots or None}
+    more = {"max_upload_mb": MAX_MEGABYTES, "max_sessions": sessions(request.app.state.args) or None}
     if speed_is_active():
         more["voxtral_speed"] = True
     return JSONResponse(listing | {"data": [model | more for model in listing["data"]]})

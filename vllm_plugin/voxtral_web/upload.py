@@ -36,6 +36,7 @@ from voxtral_client.timeline import Word
 
 from .decode import Decoding
 from .errors import refuse
+from .limits import sessions
 
 MAX_MEGABYTES = int(os.environ.get("MAX_UPLOAD_MB") or 512)
 MAX_HOURS = float(os.environ.get("MAX_UPLOAD_HOURS") or 12)  # of audio: a file of 787 bytes can hold 100 of silence
@@ -98,8 +99,7 @@ class Uploads:
     def __init__(self, args: Namespace, state: Any):
         """`args`: vLLM's options. `state`: the app's."""
         self._state = state
-        slots = (args.max_num_seqs or 1) * (args.data_parallel_size or 1)
-        share = int(os.environ.get("UPLOAD_SESSIONS") or 0) or slots // 2
+        share = int(os.environ.get("UPLOAD_SESSIONS") or 0) or sessions(args, unknown=1) // 2
         self._free = max(1, share // max(1, args.api_server_count or 1))
         self._freed = asyncio.Condition()
         self._places = asyncio.Semaphore(AT_ONCE)
