@@ -17,7 +17,9 @@ from .settings import Settings
 def check(settings: Settings) -> None:
     """Raise Stop if vLLM would fail after its start. Warn on stderr if others can use the server or read the key."""
     host, port = settings["HOST"], settings["PORT"]
-    check_port(host, port)
+    if not (port.isdecimal() and int(port) < 65536):
+        raise Stop(f"{settings.assignment('PORT', port)}: must be a number up to 65535", 2)
+    check_port(host, int(port))
     check_certificate(settings["TLS_CERT"], settings["TLS_KEY"])
     given = settings.on_command_line("API_KEY")
     if fault := key_fault(settings["API_KEY" if given else "VLLM_API_KEY"]):
@@ -32,13 +34,13 @@ def warn(text: str) -> None:
     print(f"warning: {text}", file=sys.stderr)
 
 
-def check_port(host: str, port: str) -> None:
+def check_port(host: str, port: int) -> None:
     try:
-        family, _, _, _, address = socket.getaddrinfo(host or None, int(port), type=socket.SOCK_STREAM)[0]
+        family, _, _, _, address = socket.getaddrinfo(host or None, port, type=socket.SOCK_STREAM)[0]
         with socket.socket(family) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind(address)
-    except (OSError, ValueError, OverflowError) as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that none can have
         fix = error
         if getattr(error, "errno", None) == errno.EADDRINUSE:
             fix = "another program has this port: stop it, or choose another port: PORT=8001 ./serve.sh"

@@ -300,6 +300,8 @@ def test_wrong_settings(launch, tmp_path):
     model = {"MODEL": str(CHECKPOINT)}
     refused(launch("--tokenizer", "x", **model, TRANSCRIPTION_DELAY_MS="960"), "--tokenizer", code=2)
     refused(launch(**model, PORT="eighty"), "PORT=eighty", code=2)
+    refused(launch(**model, PORT="70000"), "PORT=70000: must be a number up to 65535", code=2)
+    refused(launch("--port", "x", **model), "--port x: must be a number up to 65535", code=2)
     refused(launch(**model, CPU_KVCACHE_GB="1.5"), "CPU_KVCACHE_GB=1.5: must be a whole number", code=2)
     few = {"MAX_NUM_SEQS": "600", "MAX_NUM_BATCHED_TOKENS": "512"}
     refused(launch(**model, **few), "less than MAX_NUM_SEQS=600: set MAX_NUM_BATCHED_TOKENS=600", code=2)
