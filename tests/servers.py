@@ -70,7 +70,7 @@ class ServerProcess:
     def start(self) -> "ServerProcess":
         with self.log.open("a") as log:
             self.process = subprocess.Popen(
-                ["./serve.sh", *self._options],
+                ["./serve.sh", "--num-gpu-blocks-override", "256", *self._options],  # 190 MB for sessions
                 cwd=ROOT,
                 env=self._environment,
                 stdin=subprocess.DEVNULL,

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 import time
 import urllib.request
 from pathlib import Path
@@ -93,6 +94,36 @@ def processes(server: ServerProcess) -> tuple[psutil.Process, psutil.Process]:
     front = psutil.Process(next(listening))
     (engine,) = (child for child in front.children() if "EngineCore" in " ".join(child.cmdline()))
     return front, engine
+
+
+def test_the_engine_is_a_fork(server, stock):
+    """It imports nothing again; multiprocessing has a process for what it starts otherwise."""
+    tracked = [
+        sum("multiprocessing" in " ".join(child.cmdline()) for child in processes(each)[0].children())
+        for each in (server, stock)
+    ]
+    assert tracked == [0, 1]
+
+
+@pytest.mark.slow
+def test_a_fork_computes_with_several_threads():
+    """GNU's OpenMP waits forever in a fork, if the first process has used several threads."""
+    code = """
+        import torch
+        from voxtral_speed import fork
+        before = torch.get_num_threads()
+        fork.apply_to_start()
+        work = lambda: torch.ones(3000, 3000).exp().sum().item() and print(before, torch.get_num_threads())
+        work()
+        process = fork.Context().Process(target=work)
+        process.start()
+        process.join(60)
+        process.kill()
+    """
+    settings = {"PYTHONPATH": str(ROOT / "vllm_plugin"), "OMP_NUM_THREADS": "2"}
+    command = [sys.executable, "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, env=os.environ | settings, capture_output=True, text=True, timeout=300)
+    assert done.stdout.split() == ["2", "1", "2", "2"], done.stderr[-3000:]
 
 
 def collections(server: ServerProcess) -> int:

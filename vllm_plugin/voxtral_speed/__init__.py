@@ -6,10 +6,10 @@ Those of an API process are applied by its endpoint plugin (voxtral_web.page), w
 Each module states what vLLM does, what that costs, what the patch relies on, and which upstream change makes the patch
 unnecessary. VOXTRAL_SPEED=0 turns all patches off, a list ("-encode,-rows") turns off these patches.
 
-A module has `apply_to_engine()`, `apply_to_server()` or both, for two kinds of processes, and CHECKED: the functions
-and classes (`module:name`) that it changes or relies on, with digests of their source. If a source is another one, the
-patch changes nothing and logs one line. With another version of vLLM no patch is applied. Other models and requests get
-vLLM's own code.
+A module has `apply_to_engine()`, `apply_to_server()` or both, for two kinds of processes (for the one that starts the
+engine: `apply_to_start()`), and CHECKED: the functions and classes (`module:name`) that it changes or relies on, with
+digests of their source. If a source is another one, the patch changes nothing and logs one line. With another version
+of vLLM no patch is applied. Other models and requests get vLLM's own code.
 """
 
 import functools
@@ -27,7 +27,8 @@ VLLM = TESTED["vllm"]
 SCHEDULER = ("blocks", "features", "ended", "release", "ahead", "feedback")
 WORKER = ("rows", "encode", "products", "conditioning")
 SERVER = ("inputs", "ended", "ahead")
-PATCHES = (*dict.fromkeys(SCHEDULER + WORKER + SERVER), "warmup")  # the last changes nothing in vLLM
+START = ("fork",)
+PATCHES = (*dict.fromkeys(SCHEDULER + WORKER + SERVER + START), "warmup")  # the last changes nothing in vLLM
 GPU_ONLY = ("rows", "feedback")  # a CPU has vLLM's model runner V1, and a scheduler that waits
 
 logger = logging.getLogger("vllm.voxtral_speed")
@@ -133,6 +134,7 @@ def register() -> None:
     except Exception as error:  # as in `_apply`
         for name in (*SCHEDULER, "rows"):
             turn_off(name, error)
+    _apply(START, "apply_to_start")
     scheduler = _apply(SCHEDULER, "apply_to_engine")
     EngineCore.voxtral_patches = lambda self: [name for name in SCHEDULER if active(name)]
     init = WorkerBase.__init__
@@ -168,7 +170,7 @@ def _apply(names: tuple[str, ...], function: str) -> list[str]:
     """Apply patches; return those that are on and have an effect here."""
     from vllm.platforms import current_platform
 
-    left_out = GPU_ONLY if current_platform.is_cpu() else ()
+    left_out = GPU_ONLY if current_platform.is_cpu() else START
     names = [name for name in names if active(name) and name not in left_out]
     for name in names:
         try:
