@@ -19,7 +19,8 @@ TOGETHER = {
 # What takes longest begins first: what is left for the end should be short.
 LONGEST = [
     f"test_{name}"
-    for name in "web_page protocol microphone realtime clients deploy openai sdks session outputs".split()
+    for name in "web_page microphone protocol deploy openai clients benchmark web_faults recipe sdks realtime "
+    "guard plugin outputs writing".split()
 ]
 
 
