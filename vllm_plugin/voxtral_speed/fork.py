@@ -13,6 +13,7 @@ import ctypes
 import os
 import signal
 import socket
+from multiprocessing import parent_process
 from multiprocessing.context import ForkContext, ForkProcess
 
 import torch
@@ -22,9 +23,11 @@ PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 def apply_to_start() -> None:
-    """Fork the engines."""
+    """Fork the engines, if this is the process that starts them."""
     from vllm.v1.engine import utils
 
+    if parent_process():
+        return
     Process.threads = torch.get_num_threads()
     torch.set_num_threads(1)
     utils.get_mp_context = Context
