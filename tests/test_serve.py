@@ -9,9 +9,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import time
 import urllib.request
 
 import numpy as np
+import psutil
 import pytest
 import soundfile
 import soxr
@@ -225,6 +227,22 @@ def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):
     refused(plain, "wss://")
     secure = run_script("test_file_transcribe.py", CHECKPOINT / "sample.wav", "--url", server.url.replace("ws", "wss"))
     refused(secure, "write ws://")
+
+
+@pytest.mark.slow
+def test_stopped_while_it_starts(tmp_path):
+    """By `kill` or `docker stop`, which tell one process, while the engine loads the model."""
+    server = ServerProcess(tmp_path / "log", MAX_MODEL_LEN="256").start()
+    first = psutil.Process(server.process.pid)
+    try:
+        while not (engines := [child for child in first.children() if "EngineCore" in " ".join(child.cmdline())]):
+            assert server.process.poll() is None
+            time.sleep(0.1)
+        first.terminate()
+        assert server.process.wait(120) == 0
+        assert not psutil.wait_procs(engines, 10)[1]
+    finally:
+        server.kill()
 
 
 @pytest.mark.slow

@@ -1,4 +1,4 @@
-"""Patches of vLLM 0.32.0 that keep realtime sessions of Voxtral fast. Each patch is a module.
+"""Patches of vLLM 0.32.0 that keep realtime sessions of Voxtral fast, and mend its start. Each patch is a module.
 
 vLLM calls `register` in each of its processes, through the entry point `voxtral_speed` of `vllm.general_plugins`.
 Which process it is does not matter: the scheduler's patches are applied everywhere, the worker's where vLLM makes one.
@@ -27,9 +27,10 @@ VLLM = TESTED["vllm"]
 SCHEDULER = ("blocks", "features", "ended", "release", "ahead", "feedback")
 WORKER = ("rows", "encode", "products", "conditioning")
 SERVER = ("inputs", "ended", "ahead")
-START = ("fork",)
+START = ("fork", "sigterm")
 PATCHES = (*dict.fromkeys(SCHEDULER + WORKER + SERVER + START), "warmup")  # the last changes nothing in vLLM
 GPU_ONLY = ("rows", "feedback")  # a CPU has vLLM's model runner V1, and a scheduler that waits
+CPU_ONLY = ("fork",)
 
 logger = logging.getLogger("vllm.voxtral_speed")
 
@@ -170,7 +171,7 @@ def _apply(names: tuple[str, ...], function: str) -> list[str]:
     """Apply patches; return those that are on and have an effect here."""
     from vllm.platforms import current_platform
 
-    left_out = GPU_ONLY if current_platform.is_cpu() else START
+    left_out = GPU_ONLY if current_platform.is_cpu() else CPU_ONLY
     names = [name for name in names if active(name) and name not in left_out]
     for name in names:
         try:
