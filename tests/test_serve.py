@@ -233,12 +233,16 @@ def test_wrong_key_unknown_certificate_wrong_scheme(locked, server):
 def test_stopped_while_it_starts(tmp_path):
     """By `kill` or `docker stop`, which tell one process, while the engine loads the model."""
     server = ServerProcess(tmp_path / "log", MAX_MODEL_LEN="256").start()
-    first = psutil.Process(server.process.pid)
+
+    def is_engine(process: psutil.Process) -> bool:
+        of_server = process.info["ppid"] == server.process.pid
+        return of_server and "EngineCore" in " ".join(process.info["cmdline"] or ())
+
     try:
-        while not (engines := [child for child in first.children() if "EngineCore" in " ".join(child.cmdline())]):
+        while not (engines := [*filter(is_engine, psutil.process_iter(["ppid", "cmdline"]))]):
             assert server.process.poll() is None
             time.sleep(0.1)
-        first.terminate()
+        server.process.terminate()
         assert server.process.wait(120) == 0
         assert not psutil.wait_procs(engines, 10)[1]
     finally:
