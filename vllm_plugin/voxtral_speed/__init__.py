@@ -1,4 +1,4 @@
-"""Patches of vLLM 0.32.0 that keep realtime sessions of Voxtral fast, and mend its start. Each patch is a module.
+"""Patches of vLLM 0.32.0 that keep realtime sessions of Voxtral fast, and fix its start. Each patch is a module.
 
 vLLM calls `register` in each of its processes, through the entry point `voxtral_speed` of `vllm.general_plugins`.
 Which process it is does not matter: the scheduler's patches are applied everywhere, the worker's where vLLM makes one.

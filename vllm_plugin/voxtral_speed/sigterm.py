@@ -3,7 +3,7 @@
 vLLM: until the server is ready, its handler raises KeyboardInterrupt. While the engine starts, `zmq_socket_ctx`
 discards it, and both processes wait for each other.
 Cost: the server neither starts nor ends for ten minutes, or until somebody kills it.
-Relies on: vLLM asks for the context in which it starts the engine's process when its handler is there.
+Relies on: vLLM's handler is there when it makes the engine's process.
 Unnecessary with: a `zmq_socket_ctx` that discards nothing (no issue known).
 """
 
@@ -18,13 +18,13 @@ CHECKED = {
 
 def apply_to_start() -> None:
     """Replace vLLM's handler when the engine starts. What raises SystemExit is not discarded."""
-    from vllm.v1.engine import utils
+    from vllm.v1.engine.utils import CoreEngineProcManager
 
-    context = utils.get_mp_context
+    init = CoreEngineProcManager.__init__
 
-    def context_and_handler():
+    def init_with_handler(self, *args, **kwargs):
         if getattr(signal.getsignal(signal.SIGTERM), "__name__", "") == "_interrupt_init":
             signal.signal(signal.SIGTERM, lambda *_: sys.exit())
-        return context()
+        init(self, *args, **kwargs)
 
-    utils.get_mp_context = context_and_handler
+    CoreEngineProcManager.__init__ = init_with_handler
