@@ -23,7 +23,7 @@ MODEL=tests/tiny_checkpoint HOST=127.0.0.1 PORT=$port MAX_MODEL_LEN=2048 GPU_MEM
   setsid ./serve.sh > "$log" 2>&1 &
 server=$!
 trap 'kill -- -$server 2> /dev/null || true; wait $server 2> /dev/null || true; rm -f "$log"' EXIT
-echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (30 to 60 s)" >&2
+echo "starting vLLM with the embedded checkpoint in INT4 on 127.0.0.1:$port (10 to 60 s)" >&2
 until (exec 3<> "/dev/tcp/127.0.0.1/$port") 2> /dev/null; do # vLLM listens when it is ready
   kill -0 $server 2> /dev/null || { tail -n 20 "$log" >&2; echo "error: the server ended; its last lines are above" >&2; exit 1; }
   sleep 0.5
